@@ -1,0 +1,1 @@
+"""The Flower client: one local update on one device."""

@@ -1,0 +1,21 @@
+"""What can go wrong, by whom it is mended."""
+
+
+class FleetError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    The message names the thing, both values and the way out; command lines
+    print it without a traceback.
+    """
+
+
+class ConfigError(FleetError):
+    """A setting, a data source or a weights file that the user can mend."""
+
+
+class PlanError(FleetError):
+    """An update plan that the backbone cannot carry out."""
+
+
+class UpdateError(FleetError):
+    """A state or an update that does not match the plan it claims."""

@@ -1,0 +1,1 @@
+"""The Flower server: validate replies, aggregate unequal updates, step the model."""
