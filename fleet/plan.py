@@ -1,0 +1,156 @@
+"""What a device trains: the update plan, its tensors and its digest.
+
+The server decides the widest plan of a run. A device that cannot afford it
+trains a narrower one: the same plan cut to fewer blocks. Both sides derive
+the tensors from their own backbone and compare digests, so a plan travels as
+a few words and a mismatch is found before any tensor is read.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from fleet.errors import PlanError
+
+Method = Literal["mobiletl", "head", "shifts", "blocks", "full"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+Role = Literal["weight", "bias", "shift", "scale", "mean", "var"]
+STATISTICS: tuple[Role, ...] = ("mean", "var")  # pooled over clients, never stepped
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor that trains and travels."""
+
+    name: str  # its key in the backbone model's state_dict
+    shape: tuple[int, ...]
+    role: Role
+    depth: int  # 0: head and tail; j: the j-th block counted from the top
+    dtype: str = "float32"
+
+    @property
+    def is_statistic(self) -> bool:
+        """True for running means and variances of trained norms."""
+        return self.role in STATISTICS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in float32."""
+        size = 4
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePlan:
+    """Which tensors of which backbone train, by which method.
+
+    Attributes:
+        backbone: name of the architecture.
+        preprocessing: what happens to an image before the model, as plain values.
+        step_digests: step of the model → digest of its pretrained tensors.
+        weights_digest: one digest over `step_digests` and `preprocessing`.
+        method: one of `METHODS`.
+        blocks: k, how many inverted-residual blocks train, counted from the top.
+        train_tail: whether what lies between the last block and the head trains.
+        specs: the tensors, in the order of the model's state_dict.
+    """
+
+    backbone: str
+    preprocessing: Mapping[str, Any]
+    step_digests: Mapping[str, str]
+    weights_digest: str
+    method: Method
+    blocks: int
+    train_tail: bool
+    specs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all of the plan, the weights digest inside."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorSpec]:
+        """Tensor name → spec."""
+        return {spec.name: spec for spec in self.specs}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in float32, without any header."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; what `digest` is taken over."""
+        plan = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plan["preprocessing"] = dict(self.preprocessing)
+        plan["step_digests"] = dict(self.step_digests)
+        plan["specs"] = [dataclasses.asdict(s) | {"shape": list(s.shape)} for s in self.specs]
+        return plan
+
+    def narrow(self, blocks: int) -> "UpdatePlan":
+        """The same plan cut to its top `blocks` blocks: a sub-plan.
+
+        Raises:
+            PlanError: if the plan has fewer blocks, or cannot be cut at all.
+        """
+        if blocks == self.blocks:
+            return self
+        if self.method == "full":
+            raise PlanError("method full trains the whole model and has no narrower plan")
+        if not 0 <= blocks < self.blocks:
+            raise PlanError(
+                f"a sub-plan of {blocks} blocks is outside the plan's 0 to {self.blocks}; "
+                f"raise the run's blocks or lower the device's"
+            )
+        specs = tuple(spec for spec in self.specs if spec.depth <= blocks)
+        return dataclasses.replace(self, blocks=blocks, specs=specs)
+
+    @cached_property
+    def sub_plans(self) -> dict[str, "UpdatePlan"]:
+        """Digest → plan, for this plan and every narrower one."""
+        narrowest = self.blocks if self.method == "full" else 0
+        plans = (self.narrow(k) for k in range(narrowest, self.blocks + 1))
+        return {plan.digest: plan for plan in plans}
+
+    def check_same(self, other: Mapping[str, Any]) -> None:
+        """Compare with a plan that arrived as `summary`.
+
+        Raises:
+            PlanError: naming every field that differs, with both values.
+        """
+        mine = self.summary()
+        if mine == other:
+            return
+        raise PlanError(
+            "this device's backbone does not match the server's plan: "
+            + "; ".join(_differences(mine, other))
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its specs, which each side derives: what travels."""
+        plan = self.as_dict()
+        del plan["specs"]
+        return plan | {"digest": self.digest}
+
+
+def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for field in ("backbone", "method", "blocks", "train_tail"):
+        if mine[field] != other.get(field):
+            lines.append(f"{field} is {mine[field]} here, {other.get(field)} in the plan")
+    for field, noun in (("preprocessing", ""), ("step_digests", "weights of ")):
+        theirs = other.get(field, {})
+        for key in sorted(mine[field].keys() | theirs.keys()):
+            here, there = mine[field].get(key, "absent"), theirs.get(key, "absent")
+            if here != there:
+                lines.append(f"{noun}{key} is {here} here, {there} in the plan")
+    if len(lines) > 6:
+        lines[6:] = [f"and {len(lines) - 6} more"]
+    return lines or ["the tensors it derives differ; run the same version on both sides"]

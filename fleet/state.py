@@ -1,0 +1,109 @@
+"""The trainable state: the small tensors of a plan, and what a client makes of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fleet.errors import UpdateError
+from fleet.plan import UpdatePlan
+
+Arrays = Mapping[str, np.ndarray]  # tensor name → array
+
+
+def check_arrays(arrays: Arrays, plan: UpdatePlan) -> None:
+    """Compare names, shapes and dtypes with the plan's.
+
+    Raises:
+        UpdateError: naming the first tensor that does not fit, and both values.
+    """
+    expected = plan.by_name
+    if unknown := sorted(arrays.keys() - expected.keys()):
+        raise UpdateError(
+            f"unknown tensor {unknown[0]} (of {len(unknown)}), plan {plan.digest[:8]} "
+            f"has no such name; run the server's plan"
+        )
+    if missing := sorted(expected.keys() - arrays.keys()):
+        raise UpdateError(
+            f"missing tensor {missing[0]} (of {len(missing)}), plan {plan.digest[:8]} "
+            f"needs it; run the server's plan"
+        )
+    for name, array in arrays.items():
+        spec = expected[name]
+        if array.shape != spec.shape:
+            raise UpdateError(
+                f"{name} has shape {array.shape}, plan {plan.digest[:8]} expects "
+                f"{spec.shape}; run the server's plan"
+            )
+        if array.dtype != np.dtype(spec.dtype):
+            raise UpdateError(
+                f"{name} has dtype {array.dtype}, plan {plan.digest[:8]} expects "
+                f"{spec.dtype}; run the server's plan"
+            )
+
+
+@dataclass(frozen=True)
+class TrainableState:
+    """Every tensor of a plan as float32; immutable, with + − ×.
+
+    Raises:
+        UpdateError: if a tensor's name, shape or dtype is not the plan's.
+    """
+
+    plan: UpdatePlan
+    tensors: Arrays
+
+    def __post_init__(self) -> None:
+        check_arrays(self.tensors, self.plan)
+        for array in self.tensors.values():
+            array.flags.writeable = False
+
+    def narrow(self, plan: UpdatePlan) -> "TrainableState":
+        """The part of this state that a sub-plan trains."""
+        return TrainableState(plan, {name: self.tensors[name] for name in plan.by_name})
+
+    def __add__(self, other: "TrainableState") -> "TrainableState":
+        return self._combine(other, np.add)
+
+    def __sub__(self, other: "TrainableState") -> "TrainableState":
+        return self._combine(other, np.subtract)
+
+    def __mul__(self, factor: float) -> "TrainableState":
+        scaled = {name: array * np.float32(factor) for name, array in self.tensors.items()}
+        return TrainableState(self.plan, scaled)
+
+    def _combine(self, other: "TrainableState", operation: Callable) -> "TrainableState":
+        if self.plan.digest != other.plan.digest:
+            raise UpdateError(
+                f"states of different plans do not combine: {self.plan.digest[:8]} and "
+                f"{other.plan.digest[:8]}; narrow the wider one first"
+            )
+        pairs = ((name, array, other.tensors[name]) for name, array in self.tensors.items())
+        return TrainableState(self.plan, {name: operation(a, b) for name, a, b in pairs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """What one client made of one round.
+
+    Attributes:
+        client: the client's name, stable over rounds.
+        plan: the sub-plan that it trained.
+        delta: trained minus received, for every tensor that is no statistic.
+        statistics: running means and variances of the trained norms, as they are.
+        num_examples: examples in one local epoch.
+        loss: mean training loss over the local epochs.
+        peak_bytes: allocator peak of a training step beyond the loaded model.
+        seconds: wall time of the local update.
+        metrics: further numbers for the record (temperature, resident memory, …).
+    """
+
+    client: str
+    plan: UpdatePlan
+    delta: Arrays
+    statistics: Arrays
+    num_examples: int
+    loss: float
+    peak_bytes: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
