@@ -1,0 +1,105 @@
+"""A toy plan of five blocks, its updates, and rounds of Flower's own strategies."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fleet.plan import TensorSpec, UpdatePlan
+from fleet.state import ClientUpdate
+
+
+@pytest.fixture
+def task_identity(monkeypatch):
+    """The identity without which Flower builds no message outside a run."""
+    # The public properties raise while unset, so monkeypatch could not read the old values.
+    for field, value in (("_run_id", 1), ("_node_id", 1), ("_task_id", 1)):
+        monkeypatch.setattr(TaskIdentity, field, value)
+
+
+@pytest.fixture
+def toy_plan():
+    """Five blocks, each of a weight, a shift and the statistics of one norm, and a head."""
+    specs = []
+    for depth in range(5, 0, -1):
+        block = f"blocks.{5 - depth}"
+        specs += [
+            TensorSpec(name=f"{block}.conv.weight", shape=(4, 3), role="weight", depth=depth),
+            TensorSpec(name=f"{block}.bn.bias", shape=(4,), role="shift", depth=depth),
+            TensorSpec(name=f"{block}.bn.running_mean", shape=(4,), role="mean", depth=depth),
+            TensorSpec(name=f"{block}.bn.running_var", shape=(4,), role="var", depth=depth),
+        ]
+    specs.append(TensorSpec(name="head.weight", shape=(2, 4), role="weight", depth=0))
+    return UpdatePlan(
+        backbone="toy",
+        preprocessing={},
+        step_digests={},
+        weights_digest="0" * 64,
+        method="mobiletl",
+        blocks=5,
+        train_tail=False,
+        specs=tuple(specs),
+    )
+
+
+@pytest.fixture
+def random_update():
+    """Function (client, plan, rng) → a client's update with random float32 tensors."""
+
+    def build(client, plan, rng, num_examples=None):
+        tensors = {s.name: rng.normal(size=s.shape).astype(np.float32) for s in plan.specs}
+        for spec in plan.specs:
+            if spec.role == "var":
+                tensors[spec.name] = np.square(tensors[spec.name])
+        return ClientUpdate(
+            client=client,
+            plan=plan,
+            delta={s.name: tensors[s.name] for s in plan.specs if not s.is_statistic},
+            statistics={s.name: tensors[s.name] for s in plan.specs if s.is_statistic},
+            num_examples=num_examples or int(rng.integers(1, 500)),
+            loss=1.0,
+            peak_bytes=0,
+            seconds=0.0,
+        )
+
+    return build
+
+
+@dataclass
+class _Grid:
+    """All that `configure_train` asks of a grid: who is there."""
+
+    nodes: int
+
+    def get_node_ids(self):
+        return range(1, self.nodes + 1)
+
+
+@pytest.fixture
+def flower_round(task_identity):
+    """Function that runs one training round of a Flower strategy, without a network.
+
+    (strategy, server_round, arrays, trained, counts) → the strategy's new arrays, where
+    `trained` holds what each client's reply carries and `counts` its num-examples.
+    """
+
+    def record(arrays):
+        return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+    def reply(instruction, arrays, count):
+        metrics = MetricRecord({"num-examples": count})
+        return Message(
+            RecordDict({"arrays": record(arrays), "metrics": metrics}), reply_to=instruction
+        )
+
+    def run(strategy, server_round, arrays, trained, counts):
+        instructions = strategy.configure_train(
+            server_round, record(arrays), ConfigRecord(), _Grid(len(trained))
+        )
+        replies = [reply(*parts) for parts in zip(instructions, trained, counts, strict=True)]
+        aggregated, _ = strategy.aggregate_train(server_round, replies)
+        return {name: array.numpy() for name, array in aggregated.items()}
+
+    return run
