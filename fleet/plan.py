@@ -9,12 +9,17 @@ a few words and a mismatch is found before any tensor is read.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fleet.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+    from fleet.backbones import Backbone
 
 Method = Literal["mobiletl", "head", "shifts", "blocks", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -138,6 +143,105 @@ class UpdatePlan:
         plan = self.as_dict()
         del plan["specs"]
         return plan | {"digest": self.digest}
+
+
+def make_plan(
+    backbone: "Backbone", *, method: str, blocks: int = 0, train_tail: bool = False
+) -> UpdatePlan:
+    """What a method trains of a backbone.
+
+    Args:
+        backbone: with the head of the task.
+        method: `mobiletl` trains convs and, of norms, the shifts, the last norm
+            of a block in full; `shifts` the norms' shifts; `blocks` all of the
+            top blocks; `full` all of the model; `head` the classifier alone.
+            Every method trains the head.
+        blocks: k, counted from the top; `head` and `full` have no use for it.
+        train_tail: train what lies between the last block and the head too.
+
+    Raises:
+        PlanError: for an unknown method, or more blocks than there are.
+    """
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method}; known: {', '.join(METHODS)}")
+    count = len(backbone.blocks)
+    blocks = {"head": 0, "full": count}.get(method, blocks)
+    if not 0 <= blocks <= count:
+        raise PlanError(
+            f"blocks is {blocks}, {backbone.name} has {count}; choose 0 to {count}"
+        )
+    depths = _depths(backbone, method, blocks, train_tail)
+    order = {name: i for i, name in enumerate(backbone.model.state_dict())}
+    head = backbone.steps[-1]
+    specs = [
+        spec
+        for step in backbone.steps
+        if step.name in depths and step.module is not None
+        for spec in _specs(
+            step.name, step.module, "head" if step is head else method, depths[step.name]
+        )
+    ]
+    return UpdatePlan(
+        backbone=backbone.name,
+        preprocessing=dataclasses.asdict(backbone.preprocessing),
+        step_digests=backbone.step_digests,
+        weights_digest=backbone.weights_digest,
+        method=method,
+        blocks=blocks,
+        train_tail=train_tail or method == "full",
+        specs=tuple(sorted(specs, key=lambda spec: order[spec.name])),
+    )
+
+
+def _depths(backbone: "Backbone", method: str, blocks: int, train_tail: bool) -> dict[str, int]:
+    """Step that trains → its depth: how many blocks a plan needs to reach it."""
+    steps = backbone.steps
+    if method == "full":
+        return {step.name: 0 for step in steps}
+    depths = {steps[-1].name: 0}
+    last_block = max(i for i, step in enumerate(steps) if step.block)
+    if train_tail and method != "head":
+        depths |= {step.name: 0 for step in steps[last_block + 1 :]}
+    from_top = [block.name for block in reversed(backbone.blocks)]
+    return depths | {name: j for j, name in enumerate(from_top[:blocks], start=1)}
+
+
+def _specs(step: str, module: "nn.Module", method: str, depth: int) -> Iterator[TensorSpec]:
+    """The tensors of one step that a method trains."""
+    norms = [name for name, part in module.named_modules() if _is_norm(part)]
+    for name, part in module.named_modules():
+        for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            role = _ROLES.get((_is_norm(part), key))
+            if role is None or not _method_trains(method, role, is_last=name in norms[-1:]):
+                continue
+            full_name = ".".join(filter(None, (step, name, key)))
+            yield TensorSpec(name=full_name, shape=tuple(tensor.shape), role=role, depth=depth)
+
+
+_ROLES: dict[tuple[bool, str], Role] = {  # (is a norm, parameter) → role
+    (False, "weight"): "weight",
+    (False, "bias"): "bias",
+    (True, "weight"): "scale",
+    (True, "bias"): "shift",
+    (True, "running_mean"): "mean",
+    (True, "running_var"): "var",
+}
+
+
+def _is_norm(module: "nn.Module") -> bool:
+    return hasattr(module, "running_var")
+
+
+def _method_trains(method: str, role: Role, is_last: bool) -> bool:
+    """Whether a method trains a tensor of a step that it trains.
+
+    `is_last`: the tensor is part of the step's last norm.
+    """
+    if method in ("full", "blocks"):
+        return True
+    if method == "shifts":
+        return role == "shift"
+    return role in ("weight", "bias", "shift") or is_last
 
 
 def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -2,13 +2,43 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fleet.errors import UpdateError
 from fleet.plan import UpdatePlan
 
+if TYPE_CHECKING:
+    import torch.nn as nn
+
 Arrays = Mapping[str, np.ndarray]  # tensor name → array
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], plan: UpdatePlan) -> None:
+    """Compare names and shapes with the plan's.
+
+    Raises:
+        UpdateError: naming the first tensor that does not fit, and both values.
+    """
+    expected = {spec.name: spec.shape for spec in plan.specs}
+    where = f"plan {plan.digest[:8]}"
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise UpdateError(
+            f"unknown tensor {unknown[0]} (of {len(unknown)}), {where} has no such name; "
+            f"run the server's plan"
+        )
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise UpdateError(
+            f"missing tensor {missing[0]} (of {len(missing)}), {where} needs it; "
+            f"run the server's plan"
+        )
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise UpdateError(
+                f"{name} has shape {shape}, {where} expects {expected[name]}; "
+                f"run the server's plan"
+            )
 
 
 def check_arrays(arrays: Arrays, plan: UpdatePlan) -> None:
@@ -17,28 +47,13 @@ def check_arrays(arrays: Arrays, plan: UpdatePlan) -> None:
     Raises:
         UpdateError: naming the first tensor that does not fit, and both values.
     """
-    expected = plan.by_name
-    if unknown := sorted(arrays.keys() - expected.keys()):
-        raise UpdateError(
-            f"unknown tensor {unknown[0]} (of {len(unknown)}), plan {plan.digest[:8]} "
-            f"has no such name; run the server's plan"
-        )
-    if missing := sorted(expected.keys() - arrays.keys()):
-        raise UpdateError(
-            f"missing tensor {missing[0]} (of {len(missing)}), plan {plan.digest[:8]} "
-            f"needs it; run the server's plan"
-        )
+    check_shapes({name: array.shape for name, array in arrays.items()}, plan)
     for name, array in arrays.items():
-        spec = expected[name]
-        if array.shape != spec.shape:
+        wanted = plan.by_name[name].dtype
+        if array.dtype != np.dtype(wanted):
             raise UpdateError(
-                f"{name} has shape {array.shape}, plan {plan.digest[:8]} expects "
-                f"{spec.shape}; run the server's plan"
-            )
-        if array.dtype != np.dtype(spec.dtype):
-            raise UpdateError(
-                f"{name} has dtype {array.dtype}, plan {plan.digest[:8]} expects "
-                f"{spec.dtype}; run the server's plan"
+                f"{name} has dtype {array.dtype}, plan {plan.digest[:8]} expects {wanted}; "
+                f"convert it before it is sent"
             )
 
 
@@ -80,6 +95,26 @@ class TrainableState:
             )
         pairs = ((name, array, other.tensors[name]) for name, array in self.tensors.items())
         return TrainableState(self.plan, {name: operation(a, b) for name, a, b in pairs})
+
+
+def capture(model: "nn.Module", plan: UpdatePlan) -> TrainableState:
+    """Copy a plan's tensors out of a backbone's model."""
+    own = model.state_dict()
+    tensors = {
+        name: own[name].detach().cpu().contiguous().numpy().copy() for name in plan.by_name
+    }
+    return TrainableState(plan, tensors)
+
+
+def load(model: "nn.Module", state: TrainableState) -> None:
+    """Copy a state's tensors into a backbone's model, in place."""
+    import torch
+
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, array in state.tensors.items():
+            # torch warns of read-only arrays; this one is only read
+            own[name].copy_(torch.tensor(array))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,236 @@
+"""Every setting of a run: its type, its meaning, and what values it takes.
+
+Defaults live in one place, `[tool.flwr.app.config]` of pyproject.toml, where
+Flower reads them too. `flwr run --run-config` and `fleet simulate` take the
+same names.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import ConfigError
+from fleet.plan import METHODS
+
+Value = str | int | float | bool
+
+
+def setting(key: str, help: str) -> Any:
+    """A dataclass field that is read from the run configuration's `key`."""
+    return field(metadata={"key": key, "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they lie over the clients."""
+
+    source: str = setting(
+        "data", "built-in name, hf:NAME, a parquet file or folder, or an ImageFolder directory"
+    )
+    partition: str = setting("partition", "iid, dirichlet:ALPHA or classes:PER_CLIENT")
+    train_examples: int = setting("train-examples", "training images of the fleet; 0: all")
+    test_examples: int = setting("test-examples", "held-out images of the server; 0: all")
+    validation_fraction: float = setting(
+        "validation-fraction", "share of a client's images kept for its own validation"
+    )
+    skip_unreadable: bool = setting("skip-unreadable", "leave unreadable images out")
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "train-examples", self.train_examples)
+        _check_at_least(0, "test-examples", self.test_examples)
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                f"validation-fraction must lie in [0, 1), got {self.validation_fraction}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which pretrained model."""
+
+    backbone: str = setting("backbone", "torchvision or timm model made of inverted residuals")
+    weights: str = setting("weights", "default, imagenet, none, or a .safetensors or .pth file")
+    image_size: int = setting("image-size", "pixels a side")
+
+    def __post_init__(self) -> None:
+        _check_at_least(32, "image-size", self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What trains of it."""
+
+    method: str = setting("method", f"what trains: {', '.join(METHODS)}")
+    blocks: str = setting("blocks", "top blocks to train; several (1,3,5) are dealt out in turn")
+    train_tail: bool = setting("train-tail", "train what lies between last block and head too")
+
+    def __post_init__(self) -> None:
+        _check_one_of("method", self.method, METHODS)
+        _ = self.choices
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Numbers of blocks, in the order in which clients get them."""
+        try:
+            choices = tuple(int(k) for k in str(self.blocks).split(","))
+        except ValueError:
+            choices = (-1,)
+        if min(choices) < 0:
+            raise ConfigError(
+                f"blocks must be whole numbers of at least 0, such as 3 or 1,3,5; got {self.blocks}"
+            )
+        return choices
+
+    def blocks_of(self, partition_id: int) -> int:
+        """The number of blocks of one simulated client."""
+        return self.choices[partition_id % len(self.choices)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """One client's round."""
+
+    epochs: int = setting("local-epochs", "passes over a client's images a round")
+    batch_size: int = setting("batch-size", "examples a step")
+    learning_rate: float = setting("learning-rate", "of the clients' SGD")
+    momentum: float = setting("momentum", "of the clients' SGD")
+    weight_decay: float = setting("weight-decay", "of the clients' SGD, on weights alone")
+    device: str = setting("device", "auto, cpu, cuda or mps")
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "local-epochs", self.epochs)
+        _check_at_least(1, "batch-size", self.batch_size)
+        _check_at_least(0, "weight-decay", self.weight_decay)
+        _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning-rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """The rounds."""
+
+    clients: int = setting("clients", "clients to simulate; real fleets have as many as connect")
+    rounds: int = setting("rounds", "rounds to run")
+    sampled: int = setting("sampled", "clients that train in a round; 0: all")
+    min_clients: int = setting("min-clients", "clients to wait for before a round")
+    round_timeout: float = setting("round-timeout", "seconds until a round goes on without the rest")
+    strategy: str = setting("strategy", "fedavg, fedavgm, fedadam, fedyogi or fedadagrad")
+    server_learning_rate: float = setting(
+        "server-learning-rate", "of the server optimiser; 0: its own default"
+    )
+    server_momentum: float = setting("server-momentum", "of fedavgm")
+    evaluation: str = setting(
+        "evaluation", "server: on held-out images there; clients: on their validation images"
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("clients", "rounds", "min_clients"):
+            _check_at_least(1, key.replace("_", "-"), getattr(self, key))
+        _check_at_least(0, "sampled", self.sampled)
+        _check_at_least(0, "server-learning-rate", self.server_learning_rate)
+        _check_one_of("evaluation", self.evaluation, ("server", "clients"))
+        if not self.round_timeout > 0:
+            raise ConfigError(f"round-timeout must be above 0 seconds, got {self.round_timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    plan: PlanConfig
+    local: LocalConfig
+    federation: FederationConfig
+    seed: int = setting("seed", "decides partition, sampling and the order of images")
+    run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "seed", self.seed)
+
+    def as_settings(self) -> dict[str, Value]:
+        """Key → value, as the run configuration names them."""
+        return {key: _follow(self, path) for key, path, _ in _settings(RunConfig)}
+
+
+def read_config(settings: Mapping[str, Value]) -> RunConfig:
+    """Check a complete run configuration and give it types.
+
+    Raises:
+        ConfigError: for a missing or unknown key (listing the known ones), a
+            value of the wrong type, or one out of range.
+    """
+    known = {key: field.type for key, _, field in _settings(RunConfig)}
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise ConfigError(f"unknown setting {unknown[0]}; known: {', '.join(sorted(known))}")
+    if missing := sorted(known.keys() - settings.keys()):
+        raise ConfigError(f"setting {missing[0]} is missing; start from default_settings()")
+    values = {key: _typed(key, settings[key], known[key]) for key in known}
+    return _build(RunConfig, values)
+
+
+def default_settings() -> dict[str, Value]:
+    """`[tool.flwr.app.config]` of the project's own pyproject.toml."""
+    here = Path(__file__).resolve().parent
+    # Beside the package in a checkout or an app bundle, inside it in a wheel.
+    path = next(p for p in (here.parent / "pyproject.toml", here / "pyproject.toml") if p.is_file())
+    return tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
+
+
+def describe_settings() -> list[tuple[str, type, str]]:
+    """Key, type and meaning of every setting."""
+    return [(key, field.type, field.metadata["help"]) for key, _, field in _settings(RunConfig)]
+
+
+def _settings(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple, Any]]:
+    """Key, path of attributes and field of every setting below a section."""
+    for entry in fields(section):
+        if dataclasses.is_dataclass(entry.type):
+            yield from _settings(entry.type, (*path, entry.name))
+        else:
+            yield entry.metadata["key"], (*path, entry.name), entry
+
+
+def _follow(config: Any, path: tuple[str, ...]) -> Value:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _build(section: type, values: Mapping[str, Value]) -> Any:
+    return section(
+        **{
+            entry.name: _build(entry.type, values)
+            if dataclasses.is_dataclass(entry.type)
+            else values[entry.metadata["key"]]
+            for entry in fields(section)
+        }
+    )
+
+
+def _typed(key: str, value: Value, wanted: type) -> Value:
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is str and type(value) is int:  # blocks=3 and blocks="1,3" both come
+        return str(value)
+    if type(value) is not wanted:
+        raise ConfigError(
+            f"{key} must be {wanted.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+def _check_at_least(least: float, key: str, value: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{key} must be at least {least}, got {value}")
+
+
+def _check_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {key} {value}; known: {', '.join(known)}")

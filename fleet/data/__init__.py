@@ -1,0 +1,16 @@
+"""Labelled images: where they come from, how they are split, how they reach a model."""
+
+from fleet.data.batches import ImageBatches, to_tensor
+from fleet.data.images import ImageData
+from fleet.data.partitions import partition
+from fleet.data.sources import load_data
+from fleet.data.splits import split_validation
+
+__all__ = [
+    "ImageBatches",
+    "ImageData",
+    "load_data",
+    "partition",
+    "split_validation",
+    "to_tensor",
+]

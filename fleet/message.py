@@ -1,0 +1,193 @@
+"""Payloads and tasks ↔ Flower records: the one file of the library that knows Flower.
+
+All tensors of a payload travel packed in one uint8 array. Flower sends every
+array, chunk and record as an object and a request of its own, so forty small
+tensors unpacked would take three times their size.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from fleet.codec import Payload
+from fleet.errors import FleetError, UpdateError
+
+REFUSED = 100  # code of an error reply in which a client says why it did not train
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client, beside the state.
+
+    Attributes:
+        plan: summary of the server's widest plan.
+        classes: names of the classes, in the order of the head's outputs.
+        server_round: from 1 on.
+    """
+
+    plan: Mapping[str, Any]
+    classes: tuple[str, ...]
+    server_round: int
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What a client says of itself when it joins.
+
+    Attributes:
+        name: stable over rounds and restarts.
+        num_examples: its training images.
+        classes: names of the classes that it has images of.
+    """
+
+    name: str
+    num_examples: int
+    classes: tuple[str, ...]
+
+
+def write_task(task: Task, state: Payload) -> RecordDict:
+    """Task and state as the content of a train or evaluate message."""
+    config = {
+        "plan": json.dumps(task.plan, sort_keys=True),
+        "classes": list(task.classes),
+        "server-round": task.server_round,
+    }
+    return RecordDict({"task": ConfigRecord(config), **_write_payload(state)})
+
+
+def read_task(content: RecordDict) -> tuple[Task, Payload]:
+    """What `write_task` wrote.
+
+    Raises:
+        UpdateError: if the content is not a task.
+    """
+    try:
+        config = content["task"]
+        task = Task(
+            plan=json.loads(config["plan"]),
+            classes=tuple(config["classes"]),
+            server_round=int(config["server-round"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateError(
+            f"message holds no readable task ({error!r}); run the same version on server and client"
+        ) from error
+    return task, _read_payload(content)
+
+
+def write_update(payload: Payload, metrics: Mapping[str, int | float]) -> RecordDict:
+    """A client's update as the content of its reply."""
+    return RecordDict({"metrics": MetricRecord(dict(metrics)), **_write_payload(payload)})
+
+
+def read_update(content: RecordDict) -> tuple[Payload, dict[str, int | float]]:
+    """What `write_update` wrote.
+
+    Raises:
+        UpdateError: if a part is missing or of the wrong kind.
+    """
+    return _read_payload(content), read_metrics(content)
+
+
+def write_metrics(metrics: Mapping[str, int | float]) -> RecordDict:
+    """Numbers alone, as the content of a reply."""
+    return RecordDict({"metrics": MetricRecord(dict(metrics))})
+
+
+def read_metrics(content: RecordDict) -> dict[str, int | float]:
+    """The numbers of a reply.
+
+    Raises:
+        UpdateError: if there are none, or one is a list.
+    """
+    metrics = content.get("metrics")
+    if not isinstance(metrics, MetricRecord):
+        raise UpdateError("reply holds no metrics; run the same version on server and client")
+    if lists := [key for key, value in metrics.items() if isinstance(value, list)]:
+        raise UpdateError(f"metric {lists[0]} is a list; a single number is expected")
+    return dict(metrics)
+
+
+def write_enrolment(enrolment: Enrolment) -> RecordDict:
+    """A client's introduction as the content of its reply."""
+    record = ConfigRecord(
+        {
+            "name": enrolment.name,
+            "num-examples": enrolment.num_examples,
+            "classes": list(enrolment.classes),
+        }
+    )
+    return RecordDict({"enrolment": record})
+
+
+def read_enrolment(content: RecordDict) -> Enrolment:
+    """What `write_enrolment` wrote.
+
+    Raises:
+        UpdateError: if the content is none.
+    """
+    try:
+        record = content["enrolment"]
+        return Enrolment(
+            str(record["name"]),
+            int(record["num-examples"]),
+            tuple(str(name) for name in record["classes"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateError(
+            f"reply holds no readable enrolment ({error!r}); "
+            f"run the same version on server and client"
+        ) from error
+
+
+def refusal(reason: FleetError, message: Message) -> Message:
+    """An error reply that carries the reason to the server."""
+    return Message(Error(REFUSED, str(reason)), reply_to=message)
+
+
+def message_bytes(message: Message) -> int:
+    """Bytes of a message as Flower puts it on the wire, records and headers included.
+
+    What the transport adds (HTTP, TLS) is not counted.
+    """
+    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+
+
+def _write_payload(payload: Payload) -> dict[str, ArrayRecord | ConfigRecord]:
+    packed = np.frombuffer(payload.data, np.uint8)
+    layout = {
+        "codec": payload.codec,
+        "plan-digest": payload.plan_digest,
+        "names": list(payload.names),
+        "shapes": [json.dumps(shape) for shape in payload.shapes],
+    }
+    return {
+        "tensors": ArrayRecord({"packed": Array(packed)}),
+        "layout": ConfigRecord(layout),
+    }
+
+
+def _read_payload(content: RecordDict) -> Payload:
+    try:
+        layout = content["layout"]
+        shapes = tuple(tuple(int(n) for n in json.loads(shape)) for shape in layout["shapes"])
+        packed = content["tensors"]["packed"]
+        if packed.dtype != "uint8" or len(packed.shape) != 1:
+            raise TypeError(f"packed is {packed.dtype} of shape {packed.shape}, not a row of uint8")
+        return Payload(
+            codec=str(layout["codec"]),
+            plan_digest=str(layout["plan-digest"]),
+            names=tuple(str(name) for name in layout["names"]),
+            shapes=shapes,
+            data=packed.numpy().tobytes(),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UpdateError(
+            f"message holds no readable payload ({error!r}); "
+            f"run the same version on server and client"
+        ) from error

