@@ -150,12 +150,12 @@ def refusal(reason: FleetError, message: Message) -> Message:
     return Message(Error(REFUSED, str(reason)), reply_to=message)
 
 
-def message_bytes(message: Message) -> int:
-    """Bytes of a message as Flower puts it on the wire, records and headers included.
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of a content as Flower puts it on the wire, the headers of its records included.
 
-    What the transport adds (HTTP, TLS) is not counted.
+    What the transport adds (message metadata, HTTP, TLS) is not counted.
     """
-    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
 def _write_payload(payload: Payload) -> dict[str, ArrayRecord | ConfigRecord]:

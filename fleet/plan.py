@@ -94,10 +94,9 @@ class UpdatePlan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON values; what `digest` is taken over."""
         plan = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plan["preprocessing"] = dict(self.preprocessing)
-        plan["step_digests"] = dict(self.step_digests)
-        plan["specs"] = [dataclasses.asdict(s) | {"shape": list(s.shape)} for s in self.specs]
-        return plan
+        plan["specs"] = [dataclasses.asdict(spec) for spec in self.specs]
+        # Through JSON and back, so that it equals a plan that travelled.
+        return json.loads(json.dumps(plan, default=dict))
 
     def narrow(self, blocks: int) -> "UpdatePlan":
         """The same plan cut to its top `blocks` blocks: a sub-plan.

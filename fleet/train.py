@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ def train_locally(
     data: ImageData,
     preprocessing: Preprocessing,
     config: LocalConfig,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
@@ -86,7 +86,7 @@ def train_locally(
 
 
 def _epochs(
-    data: ImageData, preprocessing: Preprocessing, config: LocalConfig, seed: int
+    data: ImageData, preprocessing: Preprocessing, config: LocalConfig, seed: int | Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of all epochs, each in an order of its own."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,147 @@
+"""One round on one client, from the server's state to the client's update."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from clients.device import device_metrics
+from clients.local_data import local_data, relabel
+from fleet.backbones import Backbone, load_backbone
+from fleet.codec import Payload, decode, encode
+from fleet.config import ModelConfig, RunConfig, Value
+from fleet.evaluation import Evaluation, evaluate
+from fleet.message import Enrolment, Task
+from fleet.mobiletl import TransferModel
+from fleet.plan import UpdatePlan, make_plan
+from fleet.state import TrainableState, capture, load
+from fleet.train import pick_device, train_locally
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who trains, on what, and how much of the plan.
+
+    Attributes:
+        name: stable over rounds and restarts.
+        node_config: what this device was started with. `name`, `data`, `blocks`
+            and `weights` are its own; `partition-id` and `num-partitions` come
+            from a simulation.
+        config: the run's.
+    """
+
+    name: str
+    node_config: Mapping[str, Value]
+    config: RunConfig
+
+    @classmethod
+    def of(cls, node_id: int, node_config: Mapping[str, Value], config: RunConfig) -> "Client":
+        """A client named by its configuration, its partition or, failing both, its node."""
+        fallback = f"node-{node_id}"
+        if "partition-id" in node_config:
+            fallback = f"client-{int(node_config['partition-id']):04d}"
+        return cls(str(node_config.get("name", fallback)), node_config, config)
+
+    def blocks(self, widest: int) -> int:
+        """How many of the plan's blocks this client trains."""
+        if "blocks" in self.node_config:
+            return min(int(self.node_config["blocks"]), widest)
+        if "partition-id" in self.node_config:
+            partition_id = int(self.node_config["partition-id"])
+            return min(self.config.plan.blocks_of(partition_id), widest)
+        return widest
+
+
+def enrol(client: Client) -> Enrolment:
+    """Say who this is and which classes its images have."""
+    training, _ = local_data(client.node_config, client.config.data, client.config.seed)
+    return Enrolment(client.name, len(training), training.classes)
+
+
+def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, dict[str, Any]]:
+    """Train from the server's state.
+
+    Returns:
+        The update (deltas, and statistics of trained norms as they are), and
+        metrics: num-examples, blocks, loss, peak-bytes, seconds, and the
+        device's own.
+
+    Raises:
+        FleetError: if plan, state or data do not fit this client.
+    """
+    config = client.config
+    backbone, plan, state = _receive(client, task, payload)
+    training, _ = local_data(client.node_config, config.data, config.seed)
+    narrow = plan if plan.method in ("head", "full") else plan.narrow(client.blocks(plan.blocks))
+    result = train_locally(
+        TransferModel(backbone, narrow),
+        relabel(training, task.classes),
+        backbone.preprocessing,
+        config.local,
+        seed=_round_seed(config.seed, task.server_round, client.name),
+    )
+    received = state.narrow(narrow).tensors
+    update = {
+        name: trained if narrow.by_name[name].is_statistic else trained - received[name]
+        for name, trained in capture(backbone.model, narrow).tensors.items()
+    }
+    metrics = {
+        "num-examples": result.num_examples,
+        "blocks": narrow.blocks,
+        "loss": result.loss,
+        "peak-bytes": result.peak_bytes,
+        "seconds": result.seconds,
+    }
+    return encode(update, narrow), metrics | device_metrics()
+
+
+def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
+    """Evaluate the server's state on this client's validation images.
+
+    Raises:
+        FleetError: if plan, state or data do not fit this client.
+    """
+    backbone, _, _ = _receive(client, task, payload)
+    _, validation = local_data(client.node_config, client.config.data, client.config.seed)
+    return evaluate(backbone.model, relabel(validation, task.classes), backbone.preprocessing)
+
+
+def _receive(
+    client: Client, task: Task, payload: Payload
+) -> tuple[Backbone, UpdatePlan, TrainableState]:
+    """Own backbone with the server's state in it, after both sides' plans agreed."""
+    config = client.config.model
+    if "weights" in client.node_config:
+        config = replace(config, weights=str(client.node_config["weights"]))
+    backbone = _backbone(config, len(task.classes), client.config.seed, client.config.local.device)
+    asked = task.plan
+    plan = make_plan(
+        backbone,
+        method=str(asked.get("method")),
+        blocks=int(asked.get("blocks", 0)),
+        train_tail=bool(asked.get("train_tail")),
+    )
+    plan.check_same(asked)
+    state = TrainableState(plan, decode(payload, plan))
+    load(backbone.model, state)
+    return backbone, plan, state
+
+
+# Whatever a client trains, the next task's state overwrites: one model serves
+# all clients of a process.
+@lru_cache(maxsize=1)
+def _backbone(config: ModelConfig, num_classes: int, seed: int, device: str) -> Backbone:
+    backbone = load_backbone(
+        config.backbone,
+        num_classes=num_classes,
+        image_size=config.image_size,
+        weights=config.weights,
+        seed=seed,
+    )
+    backbone.model.to(pick_device(device))
+    return backbone
+
+
+def _round_seed(seed: int, server_round: int, name: str) -> list[int]:
+    """Words for NumPy's SeedSequence: every client and round its own stream."""
+    return [seed, server_round, *name.encode()]

@@ -1,0 +1,142 @@
+"""A fleet in one process: the unchanged ServerApp and ClientApp, without Flower's runtime."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fleet.config import Value
+
+_SERVER_NODE_ID = 1
+_FIRST_CLIENT_NODE_ID = 2
+
+
+class LocalGrid(Grid):
+    """Hands every message to the ClientApp in this process, one after the other.
+
+    Clients answer in the order in which they were asked, so a run depends on
+    its seed and on nothing else.
+
+    Args:
+        client_app: called for every message.
+        num_clients: each is one partition of the run's data.
+        run_config: what Flower would hand to the apps.
+        on_reply: called after each reply with how many of the cohort have
+            answered, and its size.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        run_config: Mapping[str, Value],
+        on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+    ) -> None:
+        self._client_app = client_app
+        self._on_reply = on_reply
+        self._message_ids = count(1)
+        self._replies: dict[str, Message] = {}
+        self._contexts = {
+            _FIRST_CLIENT_NODE_ID + i: Context(
+                run_id=1,
+                node_id=_FIRST_CLIENT_NODE_ID + i,
+                node_config={"partition-id": i, "num-partitions": num_clients},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for i in range(num_clients)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """There is one run, which needs no description."""
+
+    @property
+    def run(self) -> Run:
+        """The run that this grid is made for."""
+        return Run.create_empty(run_id=1)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As the constructor of `Message`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Every client, always."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run the clients at once; their replies wait to be pulled."""
+        ids = []
+        for reply in self.send_and_receive(messages):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+            ids.append(reply.metadata.reply_to_message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there, each once."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run client after client; those whose turn comes after the deadline are not run."""
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        messages, replies = list(messages), []
+        for message in messages:
+            if time.monotonic() > deadline:
+                break
+            replies.append(self._answer(message))
+            self._on_reply(len(replies), len(messages))
+        return replies
+
+    def _answer(self, message: Message) -> Message:
+        message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
+        context = self._contexts[message.metadata.dst_node_id]
+        TaskIdentity.node_id = context.node_id
+        try:
+            return self._client_app(message, context)
+        except Exception:  # as in Flower's runtimes, a client's fault is its reply
+            reason = traceback.format_exc()
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
+            )
+        finally:
+            TaskIdentity.node_id = _SERVER_NODE_ID
+
+
+def run_local(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    run_config: Mapping[str, Value],
+    num_clients: int,
+    on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+) -> None:
+    """Run a ServerApp against `num_clients` ClientApps in this process.
+
+    Raises:
+        Whatever the ServerApp raises.
+    """
+    # Flower sets these in every process of a run; messages cannot be made without.
+    TaskIdentity.run_id = TaskIdentity.task_id = 1
+    TaskIdentity.node_id = _SERVER_NODE_ID
+    context = Context(
+        run_id=1,
+        node_id=_SERVER_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+    server_app(LocalGrid(client_app, num_clients, run_config, on_reply), context)

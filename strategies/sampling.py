@@ -1,0 +1,90 @@
+"""Who is in the fleet, and who trains in a round."""
+
+import time
+from collections.abc import Sequence
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fleet.errors import ConfigError, UpdateError
+from fleet.message import Enrolment, read_enrolment
+
+_POLL_SECONDS = 1.0
+
+
+class Roster:
+    """The clients by name. Flower's node ids are random; names are not.
+
+    Args:
+        grid: to ask nodes through.
+        timeout: seconds that a node has to introduce itself.
+    """
+
+    def __init__(self, grid: Grid, timeout: float) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._enrolled: dict[int, Enrolment] = {}  # node id → who it is
+        self._told: set[str] = set()
+
+    def online(self, min_clients: int) -> dict[str, int]:
+        """Clients that can be reached now: name → node id, in order of names.
+
+        Waits for `min_clients` for as long as an introduction may take.
+
+        Raises:
+            ConfigError: if fewer came, with the reasons of those who were turned away.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            nodes = set(self._grid.get_node_ids())
+            reasons = self._enrol(sorted(nodes - self._enrolled.keys()))
+            names = {e.name: n for n, e in sorted(self._enrolled.items()) if n in nodes}
+            if len(names) >= min_clients:
+                return dict(sorted(names.items()))
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{len(names)} clients are online after {self._timeout:.0f} s, min-clients "
+                    f"is {min_clients}; start more, or lower it"
+                    + "".join(f"\n  refused: {reason}" for reason in sorted(reasons))
+                )
+            log(INFO, "waiting for clients: %d of %d", len(names), min_clients)
+            time.sleep(_POLL_SECONDS)
+
+    def classes(self) -> tuple[str, ...]:
+        """Every class that any client enrolled so far has images of, sorted by name."""
+        return tuple(sorted({name for e in self._enrolled.values() for name in e.classes}))
+
+    def _enrol(self, nodes: Sequence[int]) -> set[str]:
+        """Ask new nodes who they are; returns why some were turned away."""
+        if not nodes:
+            return set()
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        reasons = set()
+        for reply in self._grid.send_and_receive(questions, timeout=self._timeout):
+            try:
+                if reply.has_error():
+                    raise UpdateError(str(reply.error.reason))
+                self._enrolled[reply.metadata.src_node_id] = read_enrolment(reply.content)
+            except UpdateError as error:
+                reasons.add(str(error))
+        for reason in sorted(reasons - self._told):
+            log(WARNING, "a client was refused: %s", reason)
+        self._told |= reasons
+        return reasons
+
+
+def sample(names: Sequence[str], count: int, seed: int, server_round: int) -> list[str]:
+    """Draw the cohort of a round: the same for the same names, seed and round.
+
+    Args:
+        names: clients that can be reached.
+        count: how many; 0 takes all.
+    """
+    names = sorted(names)
+    if count == 0 or count >= len(names):
+        return names
+    rng = np.random.default_rng([seed, server_round])
+    return sorted(rng.choice(names, size=count, replace=False).tolist())
