@@ -5,9 +5,8 @@ lies where is said by a layout beside it, so a receiver checks names, shapes
 and sizes before it reads, or allocates, anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 

@@ -119,7 +119,7 @@ class FederationConfig:
     rounds: int = setting("rounds", "rounds to run")
     sampled: int = setting("sampled", "clients that train in a round; 0: all")
     min_clients: int = setting("min-clients", "clients to wait for before a round")
-    round_timeout: float = setting("round-timeout", "seconds until a round goes on without the rest")
+    round_timeout: float = setting("round-timeout", "seconds after which a round goes on")
     strategy: str = setting("strategy", "fedavg, fedavgm, fedadam, fedyogi or fedadagrad")
     server_learning_rate: float = setting(
         "server-learning-rate", "of the server optimiser; 0: its own default"

@@ -166,9 +166,7 @@ def make_plan(
     count = len(backbone.blocks)
     blocks = {"head": 0, "full": count}.get(method, blocks)
     if not 0 <= blocks <= count:
-        raise PlanError(
-            f"blocks is {blocks}, {backbone.name} has {count}; choose 0 to {count}"
-        )
+        raise PlanError(f"blocks is {blocks}, {backbone.name} has {count}; choose 0 to {count}")
     depths = _depths(backbone, method, blocks, train_tail)
     order = {name: i for i, name in enumerate(backbone.model.state_dict())}
     head = backbone.steps[-1]
@@ -209,7 +207,10 @@ def _specs(step: str, module: "nn.Module", method: str, depth: int) -> Iterator[
     """The tensors of one step that a method trains."""
     norms = [name for name, part in module.named_modules() if _is_norm(part)]
     for name, part in module.named_modules():
-        for key, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+        for key, tensor in (
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        ):
             role = _ROLES.get((_is_norm(part), key))
             if role is None or not _method_trains(method, role, is_last=name in norms[-1:]):
                 continue

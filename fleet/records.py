@@ -78,15 +78,14 @@ class RunRecord:
         self.path = path.absolute()
 
     @classmethod
-    def create(cls, run_dir: str, settings: Mapping[str, Any]) -> "RunRecord":
-        """Make the folder and write everything that is in force.
+    def reserve(cls, run_dir: str) -> "RunRecord":
+        """Where a new run will go; nothing is written yet.
 
         Args:
-            run_dir: a path that does not exist yet; empty names one in `runs/` by the clock.
-            settings: the run configuration.
+            run_dir: a path; empty names a folder in `runs/` by the clock.
 
         Raises:
-            ConfigError: if the folder holds a run, or cannot be made.
+            ConfigError: if the folder holds a run.
         """
         record = cls(Path(run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
         if record.config_path.exists():
@@ -94,6 +93,20 @@ class RunRecord:
                 f"run directory {record.path} holds a run already; "
                 f"name another with run-dir, or remove it"
             )
+        return record
+
+    @classmethod
+    def create(cls, run_dir: str, settings: Mapping[str, Any]) -> "RunRecord":
+        """Make the folder and write everything that is in force.
+
+        Args:
+            run_dir: as in `reserve`.
+            settings: the run configuration.
+
+        Raises:
+            ConfigError: if the folder holds a run, or cannot be made.
+        """
+        record = cls.reserve(run_dir)
         facts = {
             "settings": dict(settings) | {"run-dir": str(record.path)},
             "versions": {name: version(name) for name in _PACKAGES},
@@ -125,6 +138,11 @@ class RunRecord:
     def model_path(self) -> Path:
         """The trained model under the original names."""
         return self.path / "model.safetensors"
+
+    @property
+    def page_path(self) -> Path:
+        """The run as one HTML page."""
+        return self.path / "report.html"
 
     def add_round(self, report: RoundReport) -> None:
         """Append a round and see it to the disk."""

@@ -36,8 +36,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], plan: UpdatePlan) -> Non
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise UpdateError(
-                f"{name} has shape {shape}, {where} expects {expected[name]}; "
-                f"run the server's plan"
+                f"{name} has shape {shape}, {where} expects {expected[name]}; run the server's plan"
             )
 
 
@@ -100,9 +99,7 @@ class TrainableState:
 def capture(model: "nn.Module", plan: UpdatePlan) -> TrainableState:
     """Copy a plan's tensors out of a backbone's model."""
     own = model.state_dict()
-    tensors = {
-        name: own[name].detach().cpu().contiguous().numpy().copy() for name in plan.by_name
-    }
+    tensors = {name: own[name].detach().cpu().contiguous().numpy().copy() for name in plan.by_name}
     return TrainableState(plan, tensors)
 
 

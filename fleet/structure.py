@@ -9,6 +9,7 @@ order gives what the block itself gives.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -84,7 +85,9 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
         for step in steps:
             y = step.forward(y)
         if not torch.allclose(y, model(probe), rtol=1e-4, atol=1e-5):
-            raise ConfigError(f"{type(model).__name__} is not the chain of steps that it looks like")
+            raise ConfigError(
+                f"{type(model).__name__} is not the chain of steps that it looks like"
+            )
     return steps
 
 
@@ -270,7 +273,7 @@ def _chain(model: nn.Module, blocks: dict[nn.Module, InvertedResidual]) -> Itera
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{type(model).__name__} cannot be traced: {error}") from error
     nodes = [node for node in graph.nodes if node.op != "output"]
-    for previous, node in zip(nodes, nodes[1:], strict=False):
+    for previous, node in pairwise(nodes):
         if node.all_input_nodes != [previous]:
             raise ConfigError(
                 f"{type(model).__name__} is no plain chain of blocks: {node.name} takes "

@@ -106,5 +106,5 @@ def pick_device(name: str) -> torch.device:
         name = next((kind for kind, usable in there.items() if usable), "cpu")
     device = torch.device(name)
     if not there.get(device.type, True):
-        raise ConfigError(f"device {name} is not available here; use device = \"auto\" or \"cpu\"")
+        raise ConfigError(f'device {name} is not available here; use device = "auto" or "cpu"')
     return device

@@ -110,9 +110,7 @@ class LocalGrid(Grid):
             return self._client_app(message, context)
         except Exception:  # as in Flower's runtimes, a client's fault is its reply
             reason = traceback.format_exc()
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
-            )
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         finally:
             TaskIdentity.node_id = _SERVER_NODE_ID
 

@@ -192,13 +192,12 @@ class FleetStrategy(Strategy):
         if self._evaluate is not None:
             self._evaluation = self._evaluate(self.state)
         examples = sum(client.num_examples for client in self._clients)
+        weighted = sum(client.loss * client.num_examples for client in self._clients)
         report = RoundReport(
             server_round=server_round,
             accuracy=self._evaluation and self._evaluation.accuracy,
             loss=self._evaluation and self._evaluation.loss,
-            train_loss=examples
-            and sum(c.loss * c.num_examples for c in self._clients) / examples
-            or None,
+            train_loss=weighted / examples if examples else None,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             peak_client_bytes=max((c.peak_bytes for c in self._clients), default=0),

@@ -1,0 +1,156 @@
+"""Flower's own simulation runtime (Ray), started for one run and ended with it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import tomli_w
+
+from fleet.config import Value
+from fleet.errors import FleetError
+from simulations.flower_env import quiet_environment
+
+_PACKAGES = ("fleet", "clients", "strategies")
+_START_SECONDS = 60
+_POLL_SECONDS = 0.3
+
+
+def run_flower(
+    settings: Mapping[str, Value],
+    num_clients: int,
+    on_poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the app under `flwr run` on a SuperLink of its own.
+
+    The app is staged in a folder apart: Flower imports simulated clients from
+    the SuperLink's working directory, and may rewrite the pyproject.toml that
+    it is shown.
+
+    Args:
+        settings: the complete run configuration; its paths are absolute.
+        num_clients: simulated SuperNodes.
+        on_poll: called about three times a second while the run goes on.
+
+    Raises:
+        FleetError: if the run did not end well, with what Flower said.
+    """
+    with tempfile.TemporaryDirectory(prefix="fleet-flower-") as folder:
+        root = Path(folder)
+        app = _stage(root / "app")
+        overrides = root / "run.toml"
+        overrides.write_text(tomli_w.dumps(dict(settings)))
+        environment = os.environ | quiet_environment() | {"FLWR_HOME": str(root / "home")}
+        with _superlink(root, environment), (root / "run.log").open("w") as log:
+            run = subprocess.Popen(
+                [
+                    *_command("flwr", "run", str(app), "fleet", "--stream"),
+                    *("--run-config", str(overrides)),
+                    "--federation-config",
+                    f"num-supernodes={num_clients} client-resources-num-cpus=1",
+                ],
+                env=environment,
+                cwd=root,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                while run.poll() is None:
+                    on_poll()
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                _end(run)
+        if not (Path(str(settings["run-dir"])) / "summary.json").is_file():
+            raise FleetError(f"the run on Flower failed: {_reason(root / 'run.log')}")
+
+
+def _stage(app: Path) -> Path:
+    """A copy of what Flower bundles: the packages and the pyproject.toml."""
+    app.mkdir()
+    import fleet
+
+    source = Path(fleet.__file__).resolve().parent.parent
+    for name in _PACKAGES:
+        ignore = shutil.ignore_patterns("__pycache__", "pyproject.toml")
+        shutil.copytree(source / name, app / name, ignore=ignore)
+    pyprojects = (source / "pyproject.toml", source / "fleet" / "pyproject.toml")
+    shutil.copy(next(p for p in pyprojects if p.is_file()), app / "pyproject.toml")
+    return app
+
+
+@contextmanager
+def _superlink(root: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """A SuperLink in simulation mode on loopback, reachable under the name `fleet`."""
+    api, control = _free_ports(2)
+    home = root / "home"
+    home.mkdir()
+    connection = {"address": f"127.0.0.1:{api}", "insecure": True}
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"fleet": connection}}))
+    process = subprocess.Popen(
+        [
+            *_command("flower-superlink", "--insecure", "--simulation"),
+            *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(api)),
+            *("--control-api-address", f"127.0.0.1:{control}"),
+        ],
+        env=environment,
+        cwd=root,
+        stdout=(root / "superlink.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        _wait_until_up(process, api, root / "superlink.log")
+        yield
+    finally:
+        _end(process)
+
+
+def _wait_until_up(process: subprocess.Popen, port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(_POLL_SECONDS)
+    raise FleetError(f"Flower's SuperLink did not start: {_reason(log)}")
+
+
+def _command(name: str, *arguments: str) -> list[str]:
+    """A console script of the environment that this Python runs in."""
+    return [str(Path(sys.executable).parent / name), *arguments]
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask a process to stop, and make it if it does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _reason(log: Path) -> str:
+    """The last error that a log names, or else its last lines."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line or "Error" in line]
+    return errors[-1] if errors else " | ".join(lines[-3:]) or "it said nothing"

@@ -1,0 +1,90 @@
+"""Launch one simulated run and follow it through its records."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fleet.config import RunConfig, Value, default_settings, read_config
+from fleet.errors import ConfigError
+from fleet.records import RoundReport, RunRecord
+from fleet.report import write_page
+
+ENGINES = ("local", "flower")
+
+
+def simulate(
+    settings: Mapping[str, Value] | None = None,
+    engine: str = "local",
+    on_round: Callable[[RoundReport], None] = lambda report: None,
+    on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+) -> RunRecord:
+    """Run a fleet on this machine.
+
+    Args:
+        settings: what differs from the defaults, by the names of the run
+            configuration: `{"rounds": 5, "blocks": "1,3,5"}`.
+        engine: `local` runs client after client in this process; `flower` is
+            Flower's simulation runtime (Ray).
+        on_round: given each round's report once it is on the disk.
+        on_reply: told, while a round goes on, how many of its clients have
+            answered (`local` only).
+
+    Returns:
+        The folder of the run, with its records, model and report.
+
+    Raises:
+        FleetError: for what the user can mend, before anything is trained
+            wherever it can be known by then.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
+    config = read_config(default_settings() | dict(settings or {}))
+    record = RunRecord.reserve(config.run_dir)
+    final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
+    watch = _RoundWatch(record, on_round)
+    if engine == "local":
+        _run_local(final, lambda answered, asked: (watch.poll(), on_reply(answered, asked)))
+    else:
+        from simulations.flower_engine import run_flower
+
+        run_flower(final, config.federation.clients, on_poll=watch.poll)
+    watch.poll()
+    write_page(record)
+    return record
+
+
+def _run_local(settings: Mapping[str, Value], on_reply: Callable[[int, int], None]) -> None:
+    # Here, not above: Flower's apps take seconds to import, and the other engine
+    # never runs them in this process.
+    from clients.client_app import app as client_app
+    from simulations.local_engine import run_local
+    from strategies.server_app import app as server_app
+
+    # The records say what Flower's log says, and more.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    run_local(server_app, client_app, settings, int(settings["clients"]), on_reply)
+
+
+def _absolute_paths(config: RunConfig) -> dict[str, str]:
+    """Data and weights that are paths, made independent of the working directory."""
+    paths = {"data": config.data.source, "weights": config.model.weights}
+    return {key: str(Path(p).resolve()) for key, p in paths.items() if Path(p).exists()}
+
+
+class _RoundWatch:
+    """Reports rounds as they appear in the record: it works for any engine."""
+
+    def __init__(self, record: RunRecord, on_round: Callable[[RoundReport], None]) -> None:
+        self._record = record
+        self._on_round = on_round
+        self._seen = 0
+        self._size = 0
+
+    def poll(self) -> None:
+        path = self._record.rounds_path
+        if not path.is_file() or path.stat().st_size == self._size:
+            return
+        self._size = path.stat().st_size
+        for report in list(self._record.rounds())[self._seen :]:
+            self._seen += 1
+            self._on_round(report)
