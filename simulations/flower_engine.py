@@ -19,6 +19,7 @@ from fleet.errors import FleetError
 from simulations.flower_env import quiet_environment
 
 _PACKAGES = ("fleet", "clients", "strategies")
+_SCRIPTS = Path(sys.executable).parent
 _START_SECONDS = 60
 _POLL_SECONDS = 0.3
 
@@ -48,6 +49,8 @@ def run_flower(
         overrides = root / "run.toml"
         overrides.write_text(tomli_w.dumps(dict(settings)))
         environment = os.environ | quiet_environment() | {"FLWR_HOME": str(root / "home")}
+        # Flower starts its own commands by name, whether or not the venv is active.
+        environment["PATH"] = f"{_SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}"
         with _superlink(root, environment), (root / "run.log").open("w") as log:
             run = subprocess.Popen(
                 [
@@ -88,7 +91,7 @@ def _stage(app: Path) -> Path:
 @contextmanager
 def _superlink(root: Path, environment: Mapping[str, str]) -> Iterator[None]:
     """A SuperLink in simulation mode on loopback, reachable under the name `fleet`."""
-    api, control = _free_ports(2)
+    api = _free_port()
     home = root / "home"
     home.mkdir()
     connection = {"address": f"127.0.0.1:{api}", "insecure": True}
@@ -97,7 +100,6 @@ def _superlink(root: Path, environment: Mapping[str, str]) -> Iterator[None]:
         [
             *_command("flower-superlink", "--insecure", "--simulation"),
             *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(api)),
-            *("--control-api-address", f"127.0.0.1:{control}"),
         ],
         env=environment,
         cwd=root,
@@ -124,18 +126,13 @@ def _wait_until_up(process: subprocess.Popen, port: int, log: Path) -> None:
 
 def _command(name: str, *arguments: str) -> list[str]:
     """A console script of the environment that this Python runs in."""
-    return [str(Path(sys.executable).parent / name), *arguments]
+    return [str(_SCRIPTS / name), *arguments]
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _end(process: subprocess.Popen) -> None:

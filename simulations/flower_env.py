@@ -6,6 +6,7 @@ writes the setting into the virtual environment that runs it, as `make` does.
 """
 
 import hashlib
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -52,7 +53,12 @@ def install(root: Path, site_packages: Path) -> Path:
     """
     path = site_packages / "fleet_flower_env.pth"
     variables = checkout_environment(root)
-    path.write_text(f"import os; [os.environ.setdefault(k, v) for k, v in {variables!r}.items()]\n")
+    # Flower starts its own commands by name: they must be found when the venv is not active.
+    scripts = str(Path(sys.executable).parent) + os.pathsep
+    path.write_text(
+        f"import os; [os.environ.setdefault(k, v) for k, v in {variables!r}.items()]\n"
+        f"import os; os.environ['PATH'] = {scripts!r} + os.environ.get('PATH', '')\n"
+    )
     return path
 
 

@@ -2,9 +2,11 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -137,4 +139,20 @@ def run_local(
         state=RecordDict(),
         run_config=dict(run_config),
     )
-    server_app(LocalGrid(client_app, num_clients, run_config, on_reply), context)
+    grid = LocalGrid(client_app, num_clients, run_config, on_reply)
+    with _one_thread():
+        server_app(grid, context)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As many threads as Flower's simulated clients have, so that sums round alike.
+
+    It also spares small models the waiting of threads for one another.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
