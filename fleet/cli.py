@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fleet.config import default_settings, describe_settings
+from fleet.config import default_settings, describe_settings, read_config
 from fleet.errors import ConfigError, FleetError
 from fleet.records import RoundReport, RunRecord
 from fleet.report import refusals, round_line, rounds_table, write_page
@@ -64,7 +64,7 @@ def simulate(recipe: Path | None, engine: str, output_format: str, **options: An
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
     from simulations.launch import simulate as launch
 
-    rounds = int((default_settings() | settings)["rounds"])
+    rounds = read_config(default_settings() | settings).federation.rounds
     with show_progress(rounds) as (on_round, on_reply):
         record = launch(settings, engine, on_round, on_reply)
     show_run(record, output_format)

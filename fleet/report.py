@@ -4,6 +4,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from fleet.records import RoundReport, RunRecord
@@ -51,9 +52,9 @@ def round_line(report: RoundReport, rounds: int) -> str:
 
 def rounds_table(rounds: Iterable[RoundReport], title: str = "") -> Table:
     """A run as a table, a line a round."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in _COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for report in rounds:
         table.add_row(*round_cells(report))
     return table

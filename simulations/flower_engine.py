@@ -1,6 +1,7 @@
 """Flower's own simulation runtime (Ray), started for one run and ended with it."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -147,7 +148,8 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The last error that a log names, or else its last lines."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "ERROR" in line or "Error" in line]
-    return errors[-1] if errors else " | ".join(lines[-3:]) or "it said nothing"
+    """The first error that a log names, what follows being its consequences."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "ERROR" in line]
+    return errors[0] if errors else " | ".join(lines[-3:]) or "it said nothing"

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from clients.local_data import local_data
 from fleet.config import RunConfig, Value, default_settings, read_config
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
@@ -41,6 +42,8 @@ def simulate(
     config = read_config(default_settings() | dict(settings or {}))
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
+    # Every client would find the same fault; here it is found once, and at once.
+    local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
     watch = _RoundWatch(record, on_round)
     if engine == "local":
         _run_local(final, lambda answered, asked: (watch.poll(), on_reply(answered, asked)))

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from logging import INFO
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -12,12 +14,13 @@ from fleet.codec import encode
 from fleet.config import FederationConfig
 from fleet.errors import UpdateError
 from fleet.evaluation import Evaluation
-from fleet.message import Task, content_bytes, read_metrics, write_task
+from fleet.message import Task, content_bytes, write_task
 from fleet.plan import UpdatePlan
 from fleet.records import ClientReport, RoundReport
+from fleet.report import round_line
 from fleet.state import ClientUpdate, TrainableState
 from strategies.aggregation import Aggregate, Rule, weighted_mean
-from strategies.gate import admit
+from strategies.gate import admit, admit_evaluation
 from strategies.sampling import Roster, sample
 from strategies.server_opt import ServerOptimizer
 
@@ -130,7 +133,7 @@ class FleetStrategy(Strategy):
 
     def _begin_round(self) -> None:
         self._started = time.perf_counter()
-        self._asked: dict[int, str] = {}  # node id → client, of the messages under way
+        self._asked: dict[str, Message] = {}  # client → the message under way
         self._bytes_up = self._bytes_down = 0
         self._clients: tuple[ClientReport, ...] = ()
         self._refused: dict[str, str] = {}
@@ -141,18 +144,19 @@ class FleetStrategy(Strategy):
         """One content for all, so it is encoded and measured once."""
         task = Task(self.plan.summary(), self._classes, server_round)
         content = write_task(task, encode(self.state.tensors, self.plan))
-        messages = [Message(content, node, kind) for node in nodes.values()]
-        self._asked = {node: name for name, node in nodes.items()}
-        self._bytes_down += len(messages) * content_bytes(content)
-        return messages
+        self._asked = {name: Message(content, node, kind) for name, node in nodes.items()}
+        self._bytes_down += len(nodes) * content_bytes(content)
+        return list(self._asked.values())
 
     def _answers(self, replies: Iterable[Message]) -> Iterable[tuple[str, RecordDict]]:
         """Client and content of each reply; errors and silence are refused by name."""
-        silent = dict(self._asked)
+        # By what a reply answers, not by who it says it is from: an error that Flower
+        # itself replies with is from no client. Messages get their ids as they are sent.
+        silent = {message.metadata.message_id: name for name, message in self._asked.items()}
         for reply in replies:
             if reply.has_content():
                 self._bytes_up += content_bytes(reply.content)
-            name = silent.pop(reply.metadata.src_node_id, None)
+            name = silent.pop(reply.metadata.reply_to_message_id, None)
             if name is None:
                 continue
             if reply.has_error():
@@ -172,11 +176,8 @@ class FleetStrategy(Strategy):
     def _evaluations(self, replies: Iterable[Message]) -> Iterable[Evaluation]:
         for name, content in self._answers(replies):
             try:
-                metrics = read_metrics(content)
-                yield Evaluation(
-                    int(metrics["num-examples"]), float(metrics["loss"]), float(metrics["accuracy"])
-                )
-            except (UpdateError, KeyError) as error:
+                yield admit_evaluation(content)
+            except UpdateError as error:
                 self._refused[name] = f"evaluation: {error}"
 
     def _step(self, aggregate: Aggregate) -> None:
@@ -187,7 +188,7 @@ class FleetStrategy(Strategy):
         tensors = {**self.state.tensors, **parameters, **statistics}
         self.state = TrainableState(self.plan, tensors)
 
-    def _end_round(self, server_round: int, arrays: ArrayRecord) -> None:
+    def _end_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower calls this last in a round, and once before the first."""
         if self._evaluate is not None:
             self._evaluation = self._evaluate(self.state)
@@ -208,6 +209,10 @@ class FleetStrategy(Strategy):
         )
         self.reports.append(report)
         self._on_round(report)
+        log(INFO, "%s", round_line(report, self._config.rounds))
+        if report.accuracy is None:
+            return None
+        return MetricRecord({"accuracy": report.accuracy, "loss": report.loss})
 
 
 def _parameters(state: TrainableState) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ from flwr.app import RecordDict
 
 from fleet.codec import decode
 from fleet.errors import UpdateError
-from fleet.message import read_update
+from fleet.evaluation import Evaluation
+from fleet.message import read_metrics, read_update
 from fleet.plan import UpdatePlan
 from fleet.state import ClientUpdate
 
@@ -41,6 +42,8 @@ def admit(content: RecordDict, client: str, plan: UpdatePlan) -> ClientUpdate:
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UpdateError(f"{name} holds NaN or infinity; lower the learning rate")
+        if narrow.by_name[name].role == "var" and (array < 0).any():
+            raise UpdateError(f"{name} holds a negative variance, {array.min()}")
     statistics = {name for name, spec in narrow.by_name.items() if spec.is_statistic}
     return ClientUpdate(
         client=client,
@@ -52,6 +55,18 @@ def admit(content: RecordDict, client: str, plan: UpdatePlan) -> ClientUpdate:
         peak_bytes=int(peak_bytes),
         seconds=seconds,
         metrics={key: value for key, value in metrics.items() if key not in _OWN_FIELDS},
+    )
+
+
+def admit_evaluation(content: RecordDict) -> Evaluation:
+    """Turn a reply to an evaluate message into its result, if it is one.
+
+    Raises:
+        UpdateError: with the reason why the reply does not count.
+    """
+    metrics = read_metrics(content)
+    return Evaluation(
+        _num_examples(metrics), _number(metrics, "loss"), _number(metrics, "accuracy")
     )
 
 

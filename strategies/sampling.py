@@ -13,6 +13,9 @@ from fleet.errors import ConfigError, UpdateError
 from fleet.message import Enrolment, read_enrolment
 
 _POLL_SECONDS = 1.0
+# A node that was turned away, or said nothing, is asked again no sooner than this;
+# nor do rounds wait longer for a newcomer once there are clients enough.
+_PATIENCE_SECONDS = 60.0
 
 
 class Roster:
@@ -27,7 +30,8 @@ class Roster:
         self._grid = grid
         self._timeout = timeout
         self._enrolled: dict[int, Enrolment] = {}  # node id → who it is
-        self._told: set[str] = set()
+        self._asked: dict[int, float] = {}  # node id → when it was last asked
+        self._reasons: set[str] = set()  # why clients were turned away
 
     def online(self, min_clients: int) -> dict[str, int]:
         """Clients that can be reached now: name → node id, in order of names.
@@ -40,7 +44,9 @@ class Roster:
         deadline = time.monotonic() + self._timeout
         while True:
             nodes = set(self._grid.get_node_ids())
-            reasons = self._enrol(sorted(nodes - self._enrolled.keys()))
+            known = nodes & self._enrolled.keys()
+            timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS
+            self._enrol(sorted(nodes - known), min(timeout, self._timeout))
             names = {e.name: n for n, e in sorted(self._enrolled.items()) if n in nodes}
             if len(names) >= min_clients:
                 return dict(sorted(names.items()))
@@ -48,7 +54,7 @@ class Roster:
                 raise ConfigError(
                     f"{len(names)} clients are online after {self._timeout:.0f} s, min-clients "
                     f"is {min_clients}; start more, or lower it"
-                    + "".join(f"\n  refused: {reason}" for reason in sorted(reasons))
+                    + "".join(f"\n  refused: {reason}" for reason in sorted(self._reasons))
                 )
             log(INFO, "waiting for clients: %d of %d", len(names), min_clients)
             time.sleep(_POLL_SECONDS)
@@ -57,23 +63,23 @@ class Roster:
         """Every class that any client enrolled so far has images of, sorted by name."""
         return tuple(sorted({name for e in self._enrolled.values() for name in e.classes}))
 
-    def _enrol(self, nodes: Sequence[int]) -> set[str]:
-        """Ask new nodes who they are; returns why some were turned away."""
+    def _enrol(self, nodes: Sequence[int], timeout: float) -> None:
+        """Ask new nodes who they are."""
+        now = time.monotonic()
+        nodes = [n for n in nodes if now - self._asked.get(n, -np.inf) >= _PATIENCE_SECONDS]
         if not nodes:
-            return set()
+            return
+        self._asked |= dict.fromkeys(nodes, now)
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        reasons = set()
-        for reply in self._grid.send_and_receive(questions, timeout=self._timeout):
+        for reply in self._grid.send_and_receive(questions, timeout=timeout):
             try:
                 if reply.has_error():
                     raise UpdateError(str(reply.error.reason))
                 self._enrolled[reply.metadata.src_node_id] = read_enrolment(reply.content)
             except UpdateError as error:
-                reasons.add(str(error))
-        for reason in sorted(reasons - self._told):
-            log(WARNING, "a client was refused: %s", reason)
-        self._told |= reasons
-        return reasons
+                if str(error) not in self._reasons:
+                    log(WARNING, "a client was refused: %s", error)
+                self._reasons.add(str(error))
 
 
 def sample(names: Sequence[str], count: int, seed: int, server_round: int) -> list[str]:
