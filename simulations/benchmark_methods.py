@@ -31,10 +31,10 @@ def main(backbone: tuple[str, ...], image_size: int, batch_size: int) -> None:
     torch.set_num_threads(1)
     print(f"{image_size} px, batch {batch_size}, one thread, torch {torch.__version__}, ")
     print(f"{platform.machine()}, commit {_commit()}\n")
-    print(
-        "| backbone | method | k | kept for backward, MiB | allocator peak, MiB | step, s | sent, MiB |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = ("backbone", "method", "k", "kept for backward, MiB", "allocator peak, MiB")
+    columns += ("CPU s a step", "sent, MiB")
+    print(f"| {' | '.join(columns)} |")
+    print(f"|{'---|' * len(columns)}")
     for name in backbone:
         model = load_backbone(name, num_classes=10, image_size=image_size, weights="none")
         for method, blocks in _METHODS:

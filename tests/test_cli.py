@@ -7,22 +7,10 @@ from click.testing import CliRunner
 from fleet.cli import main
 from fleet.config import default_settings
 
-SMALL = [
-    "--clients",
-    "2",
-    "--rounds",
-    "1",
-    "--train-examples",
-    "60",
-    "--test-examples",
-    "30",
-    "--image-size",
-    "32",
-    "--local-epochs",
-    "1",
-    "--blocks",
-    "0,1",
-]
+SMALL = (
+    *("--clients", "2", "--rounds", "1", "--train-examples", "60", "--test-examples", "30"),
+    *("--image-size", "32", "--local-epochs", "1", "--blocks", "0,1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +68,12 @@ def test_simulate_in_json_prints_nothing_else_on_standard_output(tmp_path):
 
 def test_a_recipe_is_read_and_options_go_before_it(tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('rounds = 1\nimage-size = 32\nblocks = "1"\nlocal-epochs = 1')
-    options = ["--clients", "2", "--train-examples", "60", "--test-examples", "30", "--blocks", "0"]
+    recipe.write_text('momentum = 0.5\nblocks = "1"')
+    options = [*SMALL, "--blocks", "0"]
     result = invoke("simulate", str(recipe), *options, "--run-dir", str(tmp_path / "run"))
     assert result.exit_code == 0, result.output
     settings = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["settings"]
-    assert (settings["blocks"], settings["image-size"]) == ("0", 32)
+    assert (settings["blocks"], settings["momentum"]) == ("0", 0.5)
 
 
 @pytest.mark.parametrize(
