@@ -52,7 +52,9 @@ def round_line(report: RoundReport, rounds: int) -> str:
 
 def rounds_table(rounds: Iterable[RoundReport], title: str = "") -> Table:
     """A run as a table, a line a round."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for report in rounds:
