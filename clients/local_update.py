@@ -113,8 +113,11 @@ def _receive(
     config = client.config.model
     if "weights" in client.node_config:
         config = replace(config, weights=str(client.node_config["weights"]))
-    backbone = _backbone(config, len(task.classes), client.config.seed, client.config.local.device)
     asked = task.plan
+    local = client.config.local
+    backbone = _backbone(
+        config, len(task.classes), client.config.seed, local.device, str(asked.get("digest"))
+    )
     plan = make_plan(
         backbone,
         method=str(asked.get("method")),
@@ -127,10 +130,12 @@ def _receive(
     return backbone, plan, state
 
 
-# Whatever a client trains, the next task's state overwrites: one model serves
-# all clients of a process.
+# Whatever a client trains, the next task's state overwrites: one model serves all
+# clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
-def _backbone(config: ModelConfig, num_classes: int, seed: int, device: str) -> Backbone:
+def _backbone(
+    config: ModelConfig, num_classes: int, seed: int, device: str, plan_digest: str
+) -> Backbone:
     backbone = load_backbone(
         config.backbone,
         num_classes=num_classes,

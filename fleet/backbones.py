@@ -134,7 +134,7 @@ def read_backbone(
 
 def _zero_head(in_features: int, num_classes: int) -> nn.Linear:
     """Starts at even odds for every class, whatever the seed."""
-    head = nn.Linear(in_features, num_classes)
+    head = nn.utils.skip_init(nn.Linear, in_features, num_classes)  # draws no random numbers
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -8,6 +8,7 @@ tensors unpacked would take three times their size.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from fleet.codec import Payload
 from fleet.errors import FleetError, UpdateError
 
 REFUSED = 100  # code of an error reply in which a client says why it did not train
+
+# What reading a record of the wrong kind or content raises; int(inf) overflows, and
+# json.loads recurses.
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,15 @@ def read_task(content: RecordDict) -> tuple[Task, Payload]:
     """
     try:
         config = content["task"]
+        plan = json.loads(config["plan"])
+        if not isinstance(plan, dict):
+            raise TypeError(f"plan is a {type(plan).__name__}, not a table")
         task = Task(
-            plan=json.loads(config["plan"]),
+            plan=plan,
             classes=tuple(config["classes"]),
             server_round=int(config["server-round"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise UpdateError(
             f"message holds no readable task ({error!r}); run the same version on server and client"
         ) from error
@@ -138,7 +146,7 @@ def read_enrolment(content: RecordDict) -> Enrolment:
             int(record["num-examples"]),
             tuple(str(name) for name in record["classes"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise UpdateError(
             f"reply holds no readable enrolment ({error!r}); "
             f"run the same version on server and client"
@@ -184,10 +192,23 @@ def _read_payload(content: RecordDict) -> Payload:
             plan_digest=str(layout["plan-digest"]),
             names=tuple(str(name) for name in layout["names"]),
             shapes=shapes,
-            data=packed.numpy().tobytes(),
+            data=_npy_bytes(packed.data),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # NumPy's header parser raises a dozen kinds for a damaged one
         raise UpdateError(
             f"message holds no readable payload ({error!r}); "
             f"run the same version on server and client"
         ) from error
+
+
+def _npy_bytes(npy: bytes) -> bytes:
+    """The row of bytes in an .npy blob; `np.load` would allocate whatever its header claims."""
+    stream = BytesIO(npy)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"packed is .npy version {version}, not (1, 0)")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    row = npy[stream.tell() :]
+    if dtype != np.uint8 or shape != (len(row),):
+        raise ValueError(f"packed claims {dtype} of shape {shape} and holds {len(row)} bytes")
+    return row

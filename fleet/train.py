@@ -49,10 +49,11 @@ def train_locally(
     Args:
         model: on the CPU or any device; images follow it.
         data: at least one image.
-        seed: of the order of the images.
+        seed: of the order of the images, and of what dropout drops.
 
     Raises:
-        ConfigError: if there is no image.
+        ConfigError: if there is no image, or a single one in a batch that is
+            too little for a norm's statistics.
         UpdateError: if the loss is no longer finite, with step and learning rate.
     """
     if not len(data):
@@ -64,25 +65,39 @@ def train_locally(
     device = next(model.parameters()).device
     started, losses, peak = time.perf_counter(), [], AllocatorPeak()
     batches = _epochs(data, preprocessing, config, seed)
-    for step, (images, labels) in enumerate(batches):
-        images, labels = images.to(device), labels.to(device)
-        with allocator_peak(device) if step == 0 else nullcontext(peak) as peak:
-            loss = F.cross_entropy(model(images), labels)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise UpdateError(
-                    f"loss is {value} at step {step} with learning rate {config.learning_rate}; "
-                    f"lower learning-rate"
-                )
-            loss.backward()
-            optimizer.step()
-        losses.append(value * len(labels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        for step, (images, labels) in enumerate(batches):
+            images, labels = images.to(device), labels.to(device)
+            with allocator_peak(device) if step == 0 else nullcontext(peak) as peak:
+                loss = _loss(model, images, labels)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise UpdateError(
+                        f"loss is {value} at step {step} with learning rate "
+                        f"{config.learning_rate}; lower learning-rate"
+                    )
+                loss.backward()
+                optimizer.step()
+            losses.append(value * len(labels))
     return LocalResult(
         num_examples=len(data),
         loss=sum(losses) / (len(data) * config.epochs),
         peak_bytes=peak.bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _loss(model: TransferModel, images: Tensor, labels: Tensor) -> Tensor:
+    try:
+        return F.cross_entropy(model(images), labels)
+    except ValueError as error:  # of PyTorch's batch norm: one value a channel has no variance
+        if len(labels) > 1:
+            raise
+        raise ConfigError(
+            f"a batch of one image of {images.shape[-1]} pixels is too little to train on: "
+            f"{error}; raise batch-size or image-size, or give the client more images"
+        ) from error
 
 
 def _epochs(
@@ -99,12 +114,15 @@ def pick_device(name: str) -> torch.device:
     """The device that `name` means; `auto` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if there is no such device, or not here.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind, usable in there.items() if usable), "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name}; use auto, cpu, cuda or mps") from error
     if not there.get(device.type, True):
         raise ConfigError(f'device {name} is not available here; use device = "auto" or "cpu"')
     return device

@@ -1,6 +1,7 @@
 """Pretrained weights: where they come from, and that they are the right ones."""
 
 import hashlib
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text invites to run the code that the file may hold
+        raise ConfigError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors; "
+            f"save it with safetensors, or as a plain state_dict"
+        ) from error
     except Exception as error:  # both readers raise a dozen kinds for a damaged file
         raise ConfigError(
             f"{path} cannot be read as weights: {error}; "

@@ -25,9 +25,9 @@ def block_forward(block: InvertedResidual, x: Tensor) -> Tensor:
     y = x
     for unit in block.units:
         y = unit_forward(unit, y)
-    if block.drop_path is not None:
-        y = block.drop_path(y)
-    return x + y if block.residual else y
+    if not block.residual:
+        return y
+    return x + (y if block.drop_path is None else block.drop_path(y))
 
 
 def part_forward(part: InvertedResidual | Unit | Step, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A toy plan of five blocks, its updates, and rounds of Flower's own strategies."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,3 +104,35 @@ def flower_round(task_identity):
         return {name: array.numpy() for name, array in aggregated.items()}
 
     return run
+
+
+class ScriptedGrid:
+    """Nodes whose answers a test writes: node id → function of a message to its reply.
+
+    A reply is a RecordDict, a whole Message, or None for silence.
+    """
+
+    def __init__(self, nodes):
+        self.nodes = dict(nodes)
+        self.sent = []
+        self._ids = itertools.count(1)
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(next(self._ids))
+            self.sent.append(message)
+            reply = self.nodes[message.metadata.dst_node_id](message)
+            if isinstance(reply, RecordDict):
+                reply = Message(reply, reply_to=message)
+            if reply is not None:
+                replies.append(reply)
+        return replies
+
+
+@pytest.fixture
+def scripted_grid(task_identity):
+    return ScriptedGrid

@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+
+from clients import local_update
+from clients.local_data import local_data
+from clients.local_update import Client, enrol, evaluate_task, train_task
+from fleet.backbones import load_backbone
+from fleet.codec import decode, encode
+from fleet.config import default_settings, read_config
+from fleet.errors import ConfigError, PlanError, UpdateError
+from fleet.evaluation import evaluate
+from fleet.message import Task
+from fleet.plan import make_plan
+from fleet.state import capture
+
+SMALL = {
+    "backbone": "mobilenet_v3_small",
+    "weights": "none",
+    "image-size": 32,
+    "train-examples": 60,
+    "partition": "iid",
+    "local-epochs": 1,
+    "blocks": 2,
+}
+CLASSES = tuple("0123456789")
+OWN = {"partition-id": 1, "num-partitions": 3}
+
+
+def client(node=OWN, **settings):
+    settings = {key.replace("_", "-"): value for key, value in settings.items()}
+    return Client.of(7, node, read_config(default_settings() | SMALL | settings))
+
+
+def server(method="mobiletl", blocks=2, classes=CLASSES, **options):
+    """Backbone, plan, task and payload of the first round."""
+    sizes = {"num_classes": len(classes), "image_size": 32, "weights": "none"}
+    backbone = load_backbone("mobilenet_v3_small", **(sizes | options))
+    plan = make_plan(backbone, method=method, blocks=blocks)
+    state = capture(backbone.model, plan)
+    return backbone, plan, Task(plan.summary(), classes, 1), encode(state.tensors, plan)
+
+
+def test_a_client_is_named_by_its_configuration_its_partition_or_its_node():
+    assert client({"name": "attic", "partition-id": 3}).name == "attic"
+    assert client({"partition-id": 3}).name == "client-0003"
+    assert client({}).name == "node-7"
+
+
+@pytest.mark.parametrize(
+    ("node", "widest", "expected"),
+    [
+        ({}, 5, 5),
+        ({"blocks": 2}, 5, 2),
+        ({"blocks": 9}, 5, 5),
+        ({"partition-id": 0}, 5, 1),
+        ({"partition-id": 1}, 5, 3),
+        ({"partition-id": 5}, 5, 5),
+        ({"partition-id": 5}, 2, 2),
+        ({"partition-id": 0, "blocks": 4}, 5, 4),
+    ],
+)
+def test_blocks_come_from_the_device_then_from_the_run(node, widest, expected):
+    assert client(node, blocks="1,3,5").blocks(widest) == expected
+
+
+def test_enrolment_says_who_has_what():
+    enrolment = enrol(client())
+    assert (enrolment.name, enrolment.num_examples) == ("client-0001", 18)
+    assert enrolment.classes == CLASSES
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_an_update_is_what_changed_and_statistics_as_they_are(blocks):
+    _, plan, task, payload = server()
+    update, metrics = train_task(client(OWN | {"blocks": blocks}), task, payload)
+    narrow = plan.narrow(blocks)
+    delta, received = decode(update, narrow), decode(payload, plan)
+    assert metrics["blocks"] == blocks
+    for spec in narrow.specs:
+        if spec.role == "var":
+            assert (delta[spec.name] > 0).all()
+        elif spec.role == "weight" and "classifier" in spec.name:
+            assert 0 < np.abs(delta[spec.name]).max() < 1
+    if blocks:
+        name = next(spec.name for spec in narrow.specs if spec.role == "scale")
+        assert np.abs(delta[name]).max() < 0.5 < received[name].min()  # not the scale itself
+
+
+def test_the_delta_leads_from_the_received_state_to_the_trained_one():
+    backbone, _, task, payload = server("head", 0)
+    with torch.no_grad():
+        backbone.head.weight.normal_()
+    plan = make_plan(backbone, method="head")
+    offset = encode(capture(backbone.model, plan).tensors, plan)
+    from_zero = decode(train_task(client(learning_rate=1e-30), task, offset)[0], plan)
+    assert all((np.abs(array) < 1e-20).all() for array in from_zero.values())
+    moved = decode(train_task(client(), task, payload)[0], plan)
+    assert any((array != 0).any() for array in moved.values())
+
+
+def test_training_is_the_same_for_seed_round_and_name_and_no_other():
+    _, _, task, payload = server()
+
+    def trained(task=task, **options):
+        return train_task(client(**options), task, payload)[0].data
+
+    assert trained() == trained()
+    assert trained() != trained(Task(task.plan, task.classes, 2))
+    assert trained() != trained(node=OWN | {"name": "another"})
+
+
+def test_a_plan_in_between_changes_nothing():
+    _, _, task, payload = server("head", 0)
+    before = train_task(client(), task, payload)[0]
+    train_task(client(), *server("full")[2:])
+    assert train_task(client(), task, payload)[0].data == before.data
+
+
+def test_metrics_of_a_round():
+    _, _, task, payload = server()
+    _, metrics = train_task(client(), task, payload)
+    assert metrics["num-examples"] == 18
+    assert 1.5 < metrics["loss"] < 4  # ln 10 = 2.3 before any training
+    assert metrics["peak-bytes"] > 100_000
+    assert metrics["seconds"] > 0
+    assert "resident-peak-bytes" in metrics
+
+
+def test_evaluation_is_that_of_the_state_on_the_validation_images():
+    backbone, _, task, payload = server()
+    own = client(validation_fraction=0.5)
+    result = evaluate_task(own, task, payload)
+    _, validation = local_data(own.node_config, own.config.data, own.config.seed)
+    assert result.num_examples == len(validation) == 9
+    assert result.loss == pytest.approx(np.log(10), rel=1e-5)  # the head starts at even odds
+    assert result == evaluate(backbone.model, validation, backbone.preprocessing)
+
+
+def test_other_weights_are_refused_by_the_part_that_differs(tmp_path):
+    backbone, _, task, payload = server()
+    state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    name = f"{backbone.blocks[3].name}.block.0.0.weight"
+    state[name].flatten()[0] += 1
+    torch.save(state, tmp_path / "other.pth")
+    own = client(OWN | {"weights": str(tmp_path / "other.pth")})
+    with pytest.raises(
+        PlanError, match=rf"match the server's plan: weights of {backbone.blocks[3].name} is"
+    ):
+        train_task(own, task, payload)
+
+
+def test_another_image_size_is_refused():
+    _, _, task, payload = server()
+    with pytest.raises(PlanError, match="image_size is 64 here, 32 in the plan"):
+        train_task(client(image_size=64), task, payload)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    _, plan, task, _ = server()
+    other = server(blocks=1)[3]
+    with pytest.raises(UpdateError, match=f"payload is of plan .*, expected {plan.digest[:8]}"):
+        train_task(client(), task, other)
+
+
+def test_classes_unknown_to_the_server_are_refused():
+    _, _, task, payload = server(classes=("0", "1", "2"))
+    with pytest.raises(ConfigError, match="has classes 3, 4, 5, 6, 7, which the server does not"):
+        train_task(client(), task, payload)
+
+
+def test_a_wider_request_than_the_servers_plan_is_cut_to_it():
+    _, plan, task, payload = server(blocks=1)
+    update, metrics = train_task(client(OWN | {"blocks": 5}), task, payload)
+    assert (metrics["blocks"], update.plan_digest) == (1, plan.digest)
+
+
+def test_methods_without_blocks_train_their_whole_plan():
+    for method in ("head", "full"):
+        _, plan, task, payload = server(method)
+        update, _ = train_task(client(OWN | {"blocks": 1}), task, payload)
+        assert update.plan_digest == plan.digest
+
+
+def test_what_the_plan_leaves_out_is_not_trained():
+    own = client()
+    backbone, plan, task, payload = server()
+    train_task(own, task, payload)
+    used, _, _ = local_update._receive(own, task, payload)
+    for name, tensor in backbone.model.state_dict().items():
+        if name not in plan.by_name and not name.endswith("num_batches_tracked"):
+            assert_array_equal(used.model.state_dict()[name], tensor, err_msg=name)

@@ -1,0 +1,132 @@
+import pytest
+
+from fleet.config import default_settings, describe_settings, read_config
+from fleet.errors import ConfigError
+
+
+def changed(**settings):
+    return default_settings() | {key.replace("_", "-"): value for key, value in settings.items()}
+
+
+def test_the_projects_defaults_are_a_valid_configuration():
+    config = read_config(default_settings())
+    assert config.data.source == "digits"
+    assert config.model.backbone == "efficientnet_lite0"
+    assert config.plan.choices == (1, 3, 5)
+
+
+def test_settings_survive_reading_and_writing():
+    settings = changed(blocks="0,2", seed=7, evaluation="clients", round_timeout=2.5)
+    assert read_config(settings).as_settings() == settings
+
+
+def test_every_default_lands_under_its_own_name():
+    probes = {
+        bool: lambda value: not value,
+        int: lambda value: value + 33,
+        float: lambda value: value / 2 + 0.125,
+    }
+    for key, kind, _ in describe_settings():
+        if kind is str:
+            continue
+        value = probes[kind](default_settings()[key])
+        settings = default_settings() | {key: value}
+        assert read_config(settings).as_settings() == settings
+
+
+def test_defaults_and_descriptions_name_the_same_settings():
+    described = {key: (kind, help) for key, kind, help in describe_settings()}
+    assert described.keys() == default_settings().keys()
+    assert all(help for _, help in described.values())
+    assert {k: type(v) for k, v in default_settings().items()} == {
+        key: kind for key, (kind, _) in described.items()
+    }
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown setting epochs; known: backbone, ") as error:
+        read_config(changed(epochs=3))
+    assert all(key in str(error.value) for key in default_settings())
+
+
+@pytest.mark.parametrize("key", default_settings())
+def test_a_missing_setting_is_named(key):
+    settings = default_settings()
+    del settings[key]
+    with pytest.raises(ConfigError, match=f"setting {key} is missing"):
+        read_config(settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("rounds", 2.0, r"rounds must be int, got 2.0 \(float\)"),
+        ("rounds", "2", r"rounds must be int, got '2' \(str\)"),
+        ("rounds", True, r"rounds must be int, got True \(bool\)"),
+        ("momentum", False, r"momentum must be float, got False \(bool\)"),
+        ("momentum", "0.9", r"momentum must be float, got '0.9' \(str\)"),
+        ("train-tail", 1, r"train-tail must be bool, got 1 \(int\)"),
+        ("data", True, r"data must be str, got True \(bool\)"),
+        ("blocks", 1.5, r"blocks must be str, got 1.5 \(float\)"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key, value, text):
+    with pytest.raises(ConfigError, match=text):
+        read_config(changed(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("train-examples", -1, "train-examples must be at least 0, got -1"),
+        ("test-examples", -1, "test-examples must be at least 0, got -1"),
+        ("validation-fraction", 1.0, r"validation-fraction must lie in \[0, 1\), got 1.0"),
+        ("validation-fraction", -0.1, r"validation-fraction must lie in \[0, 1\), got -0.1"),
+        ("validation-fraction", float("nan"), "validation-fraction must lie in"),
+        ("image-size", 31, "image-size must be at least 32, got 31"),
+        ("method", "lora", "unknown method lora; known: mobiletl, head, shifts, blocks, full"),
+        ("local-epochs", 0, "local-epochs must be at least 1, got 0"),
+        ("batch-size", 0, "batch-size must be at least 1, got 0"),
+        ("weight-decay", -0.1, "weight-decay must be at least 0, got -0.1"),
+        ("weight-decay", float("nan"), "weight-decay must be at least 0, got nan"),
+        ("device", "tpu", "unknown device tpu; known: auto, cpu, cuda, mps"),
+        ("learning-rate", 0.0, "learning-rate must be above 0, got 0.0"),
+        ("learning-rate", float("nan"), "learning-rate must be above 0, got nan"),
+        ("momentum", 1.0, r"momentum must lie in \[0, 1\), got 1.0"),
+        ("momentum", -0.1, r"momentum must lie in \[0, 1\), got -0.1"),
+        ("clients", 0, "clients must be at least 1, got 0"),
+        ("rounds", 0, "rounds must be at least 1, got 0"),
+        ("min-clients", 0, "min-clients must be at least 1, got 0"),
+        ("sampled", -1, "sampled must be at least 0, got -1"),
+        ("server-learning-rate", -1.0, "server-learning-rate must be at least 0, got -1.0"),
+        ("evaluation", "nobody", "unknown evaluation nobody; known: server, clients"),
+        ("round-timeout", 0.0, "round-timeout must be above 0 seconds, got 0.0"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(key, value, text):
+    with pytest.raises(ConfigError, match=text):
+        read_config(changed(**{key: value}))
+
+
+def test_whole_numbers_serve_as_floats():
+    config = read_config(changed(learning_rate=1, round_timeout=60))
+    assert type(config.local.learning_rate) is float
+    assert config.federation.round_timeout == 60.0
+
+
+@pytest.mark.parametrize("blocks", [3, "3"])
+def test_one_number_of_blocks_is_for_all_clients(blocks):
+    plan = read_config(changed(blocks=blocks)).plan
+    assert [plan.blocks_of(i) for i in range(3)] == [3, 3, 3]
+
+
+def test_several_numbers_of_blocks_are_dealt_out_in_turn():
+    plan = read_config(changed(blocks="1,3,5")).plan
+    assert [plan.blocks_of(i) for i in range(7)] == [1, 3, 5, 1, 3, 5, 1]
+
+
+@pytest.mark.parametrize("blocks", ["", "1,,3", "-1", "1,-3", "all", "1.5", -1])
+def test_blocks_that_are_no_numbers_are_refused(blocks):
+    with pytest.raises(ConfigError, match=f"blocks must be whole numbers.*; got {blocks}$"):
+        read_config(changed(blocks=blocks))

@@ -1,0 +1,191 @@
+"""The local loop: it learns, it repeats itself, and it says what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fleet.backbones import load_backbone
+from fleet.config import LocalConfig
+from fleet.data import ImageBatches, load_data
+from fleet.errors import ConfigError, UpdateError
+from fleet.evaluation import evaluate
+from fleet.measure import allocator_peak
+from fleet.mobiletl import TransferModel
+from fleet.plan import make_plan
+from fleet.train import pick_device, train_locally
+
+CONFIG = dict(
+    epochs=1, batch_size=8, learning_rate=0.05, momentum=0.9, weight_decay=0.0, device="cpu"
+)
+
+
+def config(**changes):
+    return LocalConfig(**CONFIG | changes)
+
+
+@pytest.fixture
+def digits():
+    return load_data("digits", "train", limit=40)
+
+
+@pytest.fixture
+def make_model(random_backbone):
+    """Function (method, name) → (model, preprocessing), the same each time."""
+
+    def build(method="mobiletl", name="mobilenet_v3_small", image_size=32):
+        backbone = random_backbone(name, num_classes=10, image_size=image_size)
+        model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2))
+        return model, backbone.preprocessing
+
+    return build
+
+
+def states_equal(first, second):
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["mobiletl", "blocks", "shifts", "head"])
+def test_digits_are_learnt(method):
+    backbone = load_backbone("efficientnet_lite0", num_classes=10, image_size=64)
+    model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2))
+    data = load_data("digits", "train", limit=200)
+    before = evaluate(model, data, backbone.preprocessing)
+    result = train_locally(
+        model,
+        data,
+        backbone.preprocessing,
+        config(epochs=2, batch_size=16, learning_rate=0.005),
+        seed=0,
+    )
+    after = evaluate(model, data, backbone.preprocessing)
+    assert before.loss == pytest.approx(np.log(10), abs=1e-4)  # the head starts at even odds
+    assert after.loss < 1 and after.accuracy > 0.7
+    assert result.num_examples == 200 and after.loss < result.loss < before.loss
+    assert result.seconds > 0 and result.peak_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("mobiletl", "mobilenet_v3_small"), ("full", "mobilenet_v2"), ("full", "efficientnet_b0")],
+)
+def test_same_seed_gives_the_same_model_dropout_included(make_model, digits, method, name):
+    def run(seed, generator_seed):
+        torch.manual_seed(generator_seed)  # must not matter
+        model, preprocessing = make_model(method, name)
+        data = digits.subset(range(8))
+        result = train_locally(model, data, preprocessing, config(batch_size=4), seed)
+        return model, result.loss
+
+    (first, loss), (second, same_loss), (other, _) = run([0, 3], 1), run([0, 3], 2), run([0, 4], 1)
+    assert states_equal(first, second) and loss == same_loss
+    assert not states_equal(first, other)
+
+
+def test_training_leaves_the_global_generator_alone(make_model, digits):
+    model, preprocessing = make_model("full")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train_locally(model, digits.subset(range(4)), preprocessing, config(), seed=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_training_is_a_plain_loop_with_torchs_optimiser(make_model, digits, momentum):
+    model, preprocessing = make_model()
+    result = train_locally(
+        model, digits, preprocessing, config(epochs=2, batch_size=16, momentum=momentum), seed=5
+    )
+    same, _ = make_model()
+    optimizer = torch.optim.SGD(same.trainable_parameters(), lr=0.05, momentum=momentum)
+    rng, losses = np.random.default_rng(5), []
+    for _ in range(2):
+        for x, y in ImageBatches(digits, preprocessing, 16, rng.permutation(len(digits))):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(same(x), y)
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] * len(y)
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    for name, tensor in same.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_training_follows_an_evaluation(make_model, digits):
+    (fresh, preprocessing), (evaluated, _) = make_model(), make_model()
+    evaluate(evaluated, digits, preprocessing)
+    for model in (fresh, evaluated):
+        train_locally(model, digits, preprocessing, config(), seed=0)
+    assert states_equal(fresh, evaluated)
+
+
+def test_mobiletl_peaks_below_stock_autograd(make_model, digits):
+    peaks = {}
+    for method in ("mobiletl", "blocks", "full"):
+        model, preprocessing = make_model(method, "mobilenet_v2", image_size=64)
+        data = digits.subset(range(8))
+        peaks[method] = train_locally(model, data, preprocessing, config(), seed=0).peak_bytes
+    assert peaks["mobiletl"] < peaks["blocks"] < peaks["full"]
+
+
+def test_data_without_images_is_refused(make_model, digits):
+    model, preprocessing = make_model()
+    with pytest.raises(ConfigError, match="digits has no training images for this client"):
+        train_locally(model, digits.subset([]), preprocessing, config(), seed=0)
+
+
+@pytest.mark.parametrize("method", ["mobiletl", "blocks", "full"])
+def test_single_image_without_statistics_is_refused(make_model, digits, method):
+    model, preprocessing = make_model(method, image_size=32)
+    with pytest.raises(ConfigError, match="a batch of one image of 32 pixels is too little to tra"):
+        train_locally(model, digits.subset([0]), preprocessing, config(), seed=0)
+
+
+def test_single_image_with_pixels_enough_trains(make_model, digits):
+    model, preprocessing = make_model(image_size=64)
+    result = train_locally(model, digits.subset([0]), preprocessing, config(), seed=0)
+    assert result.num_examples == 1
+
+
+def test_loss_that_is_not_finite_ends_the_training(make_model, digits):
+    model, preprocessing = make_model("full")
+    with pytest.raises(
+        UpdateError, match=r"loss is (nan|inf) at step [1-9]\d* with learning rate 1e\+20; lower"
+    ):
+        train_locally(model, digits, preprocessing, config(learning_rate=1e20), seed=0)
+
+
+def test_measuring_works_again_after_a_failed_first_step(make_model, digits):
+    model, preprocessing = make_model()
+    model.model.classifier[-1].weight.data.fill_(torch.nan)
+    with pytest.raises(UpdateError, match=r"loss is nan at step 0 with learning rate 0\.05"):
+        train_locally(model, digits, preprocessing, config(), seed=0)
+    with allocator_peak() as peak:
+        torch.empty(1000)
+    assert peak.bytes >= 4000
+
+
+def test_auto_picks_what_is_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_device_that_is_not_there_is_refused(monkeypatch, name):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f'device {name} is not available here; use device = "au'):
+        pick_device(name)
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ConfigError, match="unknown device gpu; use auto, cpu, cuda or mps"):
+        pick_device("gpu")

@@ -1,0 +1,230 @@
+"""Whole runs of the server app over simulated clients, small enough to run often."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clients.client_app import app as client_app
+from fleet.backbones import load_backbone
+from fleet.config import default_settings
+from fleet.data import load_data
+from fleet.errors import ConfigError, PlanError
+from fleet.evaluation import evaluate
+from fleet.plan import make_plan
+from fleet.records import RunRecord
+from simulations.local_engine import LocalGrid, run_local
+from strategies.server_app import app as server_app
+
+SMALL = {
+    "backbone": "mobilenet_v3_small",
+    "weights": "none",
+    "train-examples": 120,
+    "test-examples": 40,
+    "image-size": 32,
+    "clients": 3,
+    "rounds": 2,
+    "local-epochs": 1,
+    "blocks": "0,1,2",
+}
+PRETRAINED = {"backbone": "efficientnet_lite0", "weights": "default"}
+SUMMARY_KEYS = {
+    "accuracy",
+    "loss",
+    "rounds",
+    "bytes_up",
+    "bytes_down",
+    "peak_client_bytes",
+    "seconds",
+    "refused",
+    "strategy",
+    "seed",
+    "plan_digest",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(task_identity):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Function of settings → the record of a run; `nodes` changes clients' configurations."""
+    count = iter(range(100))
+
+    def launch(nodes=None, **settings):
+        settings = {key.replace("_", "-"): value for key, value in settings.items()}
+        settings = {"run-dir": str(tmp_path / f"run-{next(count)}")} | SMALL | settings
+
+        class Grid(LocalGrid):
+            def __init__(self, *args):
+                super().__init__(*args)
+                for partition, changes in (nodes or {}).items():
+                    list(self._contexts.values())[partition].node_config.update(changes)
+
+        monkeypatch.setattr("simulations.local_engine.LocalGrid", Grid)
+        run_local(server_app, client_app, default_settings() | settings, settings["clients"])
+        return RunRecord(type(tmp_path)(settings["run-dir"]))
+
+    return launch
+
+
+def tensors_of(record):
+    return load_file(record.model_path)
+
+
+def same(record, other):
+    ours, theirs = tensors_of(record), tensors_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_a_run_of_the_default_backbone_leaves_its_records_and_a_model_that_works(launch):
+    record = launch(**PRETRAINED)
+    assert {path.name for path in record.path.iterdir()} == {
+        "config.toml",
+        "rounds.jsonl",
+        "summary.json",
+        "model.safetensors",
+    }
+    facts = tomllib.loads(record.config_path.read_text())
+    assert facts["settings"].keys() == default_settings().keys()
+    assert facts["settings"]["run-dir"] == str(record.path)
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["versions"].keys() >= {"fleet-mobiletl", "flwr", "timm", "numpy"}
+
+    rounds, summary = list(record.rounds()), record.summary()
+    assert [report.server_round for report in rounds] == [0, 1, 2]
+    assert summary.keys() == SUMMARY_KEYS
+    assert (summary["rounds"], summary["refused"], summary["seed"]) == (2, 0, 0)
+    assert summary["bytes_up"] == sum(report.bytes_up for report in rounds) > 0
+    assert summary["accuracy"] == rounds[-1].accuracy > rounds[0].accuracy + 0.1
+
+    model = load_backbone(
+        "efficientnet_lite0", num_classes=10, image_size=32, weights=str(record.model_path)
+    )
+    test = load_data("digits", "test", limit=40)
+    result = evaluate(model.model, test, model.preprocessing)
+    assert result.accuracy == summary["accuracy"]
+    assert result.loss == pytest.approx(summary["loss"], rel=1e-5)
+    with safe_open(record.model_path, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == list(test.classes)
+
+    pretrained = load_backbone("efficientnet_lite0", num_classes=10, image_size=32)
+    plan = make_plan(pretrained, method="mobiletl", blocks=2)
+    assert summary["plan_digest"] == plan.digest
+    trained = tensors_of(record)
+    for name, before in pretrained.model.state_dict().items():
+        assert torch.equal(trained[name], before) == (name not in plan.by_name), name
+
+
+def test_the_seed_decides_every_bit(launch):
+    first = launch(seed=1)
+    assert same(first, launch(seed=1))
+    assert not same(first, launch(seed=2))
+
+
+def test_a_run_of_another_method_in_between_changes_nothing(launch):
+    first = launch(method="head")
+    launch(method="full", rounds=1)
+    assert same(first, launch(method="head"))
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(launch):
+    record = launch(method="head", rounds=1)
+    files = {path.name: path.read_bytes() for path in record.path.iterdir()}
+    with pytest.raises(ConfigError, match=f"{record.path} holds a run already; name another"):
+        launch(run_dir=str(record.path))
+    assert {path.name: path.read_bytes() for path in record.path.iterdir()} == files
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_every_strategy_moves_the_model_its_own_way(launch, strategy):
+    fedavg = launch(method="head")
+    record = launch(method="head", strategy=strategy)
+    assert record.summary()["strategy"] == strategy
+    assert np.isfinite(record.summary()["loss"])
+    assert not same(record, fedavg)
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_written(launch, tmp_path):
+    with pytest.raises(ConfigError, match="unknown server optimiser 'krum'; known are fedavg"):
+        launch(strategy="krum")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["head", "shifts", "blocks", "full"])
+def test_every_method_trains_its_tensors_and_no_other(launch, method):
+    record = launch(method=method, blocks=1, rounds=1, **PRETRAINED)
+    start = load_backbone("efficientnet_lite0", num_classes=10, image_size=32)
+    plan = make_plan(start, method=method, blocks=1)
+    trained = tensors_of(record)
+    changed = {
+        name
+        for name, before in start.model.state_dict().items()
+        if not torch.equal(trained[name], before)
+    }
+    assert changed <= plan.by_name.keys()
+    assert len(changed) > 0.9 * len(plan.by_name)
+    assert record.summary()["refused"] == 0
+
+
+def test_clients_of_one_three_and_five_blocks_take_part_together(launch):
+    record = launch(blocks="1,3,5", rounds=1)
+    report = list(record.rounds())[1]
+    assert [client.blocks for client in report.clients] == [1, 3, 5]
+    assert set(report.coverage.values()) == {1, 2, 3}
+    peaks = [client.peak_bytes for client in report.clients]
+    assert report.peak_client_bytes == max(peaks) == peaks[2] > peaks[0]
+
+
+def test_clients_evaluate_when_asked_to(launch):
+    record = launch(evaluation="clients", method="head", rounds=1)
+    before, after = record.rounds()
+    assert before.accuracy is None
+    assert 0 <= after.accuracy <= 1
+    by_server = launch(method="head", rounds=1)
+    assert after.bytes_down > list(by_server.rounds())[1].bytes_down
+    assert same(record, by_server)
+
+
+def test_a_client_with_other_weights_is_refused_by_the_part_that_differs(launch, tmp_path):
+    backbone = load_backbone("mobilenet_v3_small", num_classes=10, image_size=32, weights="none")
+    state = {name: t.clone().contiguous() for name, t in backbone.model.state_dict().items()}
+    block = backbone.blocks[4].name
+    next(t for n, t in state.items() if n.startswith(f"{block}."))[0] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    record = launch(nodes={1: {"weights": str(tmp_path / "other.safetensors")}}, rounds=1)
+    report = list(record.rounds())[1]
+    assert report.refused.keys() == {"client-0001"}
+    assert f"match the server's plan: weights of {block} is" in report.refused["client-0001"]
+    assert [client.name for client in report.clients] == ["client-0000", "client-0002"]
+    assert record.summary()["refused"] == 1
+
+
+def test_a_client_with_an_unknown_class_is_refused_by_name(launch, tmp_path):
+    for name in ("3", "yak"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / "own" / name / f"{i}.png")
+    nodes = {2: {"data": str(tmp_path / "own"), "name": "farm"}}
+    report = list(launch(nodes=nodes, method="head", rounds=1).rounds())[1]
+    assert report.refused.keys() == {"farm"}
+    assert "has classes yak, which the server does not know" in report.refused["farm"]
+
+
+def test_a_client_that_fails_is_refused_with_its_traceback(launch):
+    report = list(launch(nodes={0: {"blocks": "many"}}, rounds=1).rounds())[1]
+    assert report.refused.keys() == {"client-0000"}
+    assert "invalid literal for int" in report.refused["client-0000"]
+
+
+def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_path):
+    with pytest.raises(PlanError, match="blocks is 99, mobilenet_v3_small has 11"):
+        launch(blocks="1,99")
+    assert not list(tmp_path.iterdir())
