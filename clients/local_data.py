@@ -29,7 +29,12 @@ def local_data(
     if "partition-id" in node_config and "num-partitions" in node_config:
         images = _fleet_data(config, seed)
         shares = _shares(config, seed, int(node_config["num-partitions"]))
-        images = images.subset(shares[int(node_config["partition-id"])])
+        number = int(node_config["partition-id"])
+        if not 0 <= number < len(shares):
+            raise ConfigError(
+                f"partition-id is {number}, num-partitions is {len(shares)}; count from 0"
+            )
+        images = images.subset(shares[number])
         return split_validation(images, config.validation_fraction, seed)
     raise ConfigError(
         'this client knows no data: give its node configuration data="/path/to/images", '

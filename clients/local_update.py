@@ -10,6 +10,7 @@ from clients.local_data import local_data, relabel
 from fleet.backbones import Backbone, load_backbone
 from fleet.codec import Payload, decode, encode
 from fleet.config import ModelConfig, RunConfig, Value
+from fleet.errors import ConfigError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import TransferModel
@@ -45,7 +46,7 @@ class Client:
     def blocks(self, widest: int) -> int:
         """How many of the plan's blocks this client trains."""
         if "blocks" in self.node_config:
-            return min(int(self.node_config["blocks"]), widest)
+            return min(_whole_number("blocks", self.node_config["blocks"]), widest)
         if "partition-id" in self.node_config:
             partition_id = int(self.node_config["partition-id"])
             return min(self.config.plan.blocks_of(partition_id), widest)
@@ -145,6 +146,14 @@ def _backbone(
     )
     backbone.model.to(pick_device(device))
     return backbone
+
+
+def _whole_number(key: str, value: Value) -> int:
+    if type(value) is not int or value < 0:
+        raise ConfigError(
+            f"{key} in this node's configuration must be a whole number from 0 on, got {value!r}"
+        )
+    return value
 
 
 def _round_seed(seed: int, server_round: int, name: str) -> list[int]:

@@ -6,6 +6,7 @@ same names.
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -105,8 +106,8 @@ class LocalConfig:
         _check_at_least(1, "batch-size", self.batch_size)
         _check_at_least(0, "weight-decay", self.weight_decay)
         _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning-rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning-rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must lie in [0, 1), got {self.momentum}")
 

@@ -73,7 +73,17 @@ class TrainableState:
             array.flags.writeable = False
 
     def narrow(self, plan: UpdatePlan) -> "TrainableState":
-        """The part of this state that a sub-plan trains."""
+        """The part of this state that a sub-plan trains.
+
+        Raises:
+            UpdateError: if it trains more than this state has.
+        """
+        absent = plan.by_name.keys() - self.tensors.keys()
+        if absent:
+            raise UpdateError(
+                f"plan {plan.digest[:8]} trains {min(absent)}, which a state of plan "
+                f"{self.plan.digest[:8]} does not hold; narrow to a sub-plan of it"
+            )
         return TrainableState(plan, {name: self.tensors[name] for name in plan.by_name})
 
     def __add__(self, other: "TrainableState") -> "TrainableState":

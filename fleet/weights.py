@@ -46,6 +46,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: if there is no such file, or it is neither format.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise ConfigError(
             f"no weights file {path}; name a .safetensors or .pth file, "

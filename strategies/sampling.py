@@ -1,7 +1,7 @@
 """Who is in the fleet, and who trains in a round."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from logging import INFO, WARNING
 
 import numpy as np
@@ -46,7 +46,7 @@ class Roster:
             nodes = set(self._grid.get_node_ids())
             known = nodes & self._enrolled.keys()
             timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS
-            self._enrol(sorted(nodes - known), min(timeout, self._timeout))
+            self._enrol(sorted(nodes - known), nodes, min(timeout, self._timeout))
             names = {e.name: n for n, e in sorted(self._enrolled.items()) if n in nodes}
             if len(names) >= min_clients:
                 return dict(sorted(names.items()))
@@ -63,7 +63,17 @@ class Roster:
         """Every class that any client enrolled so far has images of, sorted by name."""
         return tuple(sorted({name for e in self._enrolled.values() for name in e.classes}))
 
-    def _enrol(self, nodes: Sequence[int], timeout: float) -> None:
+    def _checked(self, enrolment: Enrolment, online: Set[int]) -> Enrolment:
+        """Two clients of one name would take each other's place unnoticed."""
+        names = {e.name for node, e in self._enrolled.items() if node in online}
+        if enrolment.name in names:
+            raise UpdateError(
+                f"a second client calls itself {enrolment.name}; "
+                f"give every device a name of its own in its node configuration"
+            )
+        return enrolment
+
+    def _enrol(self, nodes: Sequence[int], online: Set[int], timeout: float) -> None:
         """Ask new nodes who they are."""
         now = time.monotonic()
         nodes = [n for n in nodes if now - self._asked.get(n, -np.inf) >= _PATIENCE_SECONDS]
@@ -71,11 +81,16 @@ class Roster:
             return
         self._asked |= dict.fromkeys(nodes, now)
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        for reply in self._grid.send_and_receive(questions, timeout=timeout):
+        replies = list(self._grid.send_and_receive(questions, timeout=timeout))
+        # A reply may name any sender; which question it answers, it cannot choose.
+        asked = {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
+        for reply in replies:
+            node = asked.pop(reply.metadata.reply_to_message_id, None)
             try:
                 if reply.has_error():
                     raise UpdateError(str(reply.error.reason))
-                self._enrolled[reply.metadata.src_node_id] = read_enrolment(reply.content)
+                if node is not None:
+                    self._enrolled[node] = self._checked(read_enrolment(reply.content), online)
             except UpdateError as error:
                 if str(error) not in self._reasons:
                     log(WARNING, "a client was refused: %s", error)

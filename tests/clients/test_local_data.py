@@ -90,3 +90,11 @@ def test_classes_that_the_server_does_not_know_are_named(image_folder):
         relabel(images, ("ant", "cat"))
     with pytest.raises(ConfigError, match="has classes yak, which"):
         relabel(replace(images), ("dog", "cat"))
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_partition_that_there_is_not_is_refused(number):
+    config = read_config(default_settings()).data
+    node = {"partition-id": number, "num-partitions": 3}
+    with pytest.raises(ConfigError, match=f"partition-id is {number}, num-partitions is 3"):
+        local_data(node, config, 0)

@@ -191,3 +191,10 @@ def test_what_the_plan_leaves_out_is_not_trained():
     for name, tensor in backbone.model.state_dict().items():
         if name not in plan.by_name and not name.endswith("num_batches_tracked"):
             assert_array_equal(used.model.state_dict()[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("blocks", ["many", -1, 1.5])
+def test_a_device_that_misstates_its_blocks_is_told_so(blocks):
+    client = Client("pi-01", {"blocks": blocks}, read_config(default_settings()))
+    with pytest.raises(ConfigError, match=f"blocks in this node's configuration .* {blocks!r}"):
+        client.blocks(5)

@@ -126,3 +126,8 @@ def test_another_dtype_is_refused(random_state, plan, weight, dtype):
     tensors = dict(random_state(0).tensors) | {weight.name: np.zeros(weight.shape, dtype)}
     text = f"{weight.name} has dtype {dtype}, plan {plan.digest[:8]} expects float32; convert it"
     refused(plan, tensors, text)
+
+
+def test_a_state_does_not_narrow_to_a_wider_plan(random_state, plan):
+    with pytest.raises(UpdateError, match=r"trains .*, which a state of plan .* does not hold"):
+        random_state(0, plan.narrow(1)).narrow(plan)

@@ -121,3 +121,19 @@ def test_a_client_that_comes_back_keeps_its_name(scripted_grid):
     roster.online(2)
     grid.nodes = {2: grid.nodes[2], 77: enrols("a")}
     assert roster.online(2) == {"a": 77, "b": 2}
+
+
+def test_a_second_client_of_one_name_is_turned_away(scripted_grid):
+    grid = scripted_grid({1: enrols("a"), 2: enrols("a"), 3: enrols("b")})
+    text = "refused: a second client calls itself a; give every device a name of its own"
+    with pytest.raises(ConfigError, match=text):
+        Roster(grid, timeout=0.05).online(3)
+
+
+def test_a_reply_counts_for_the_node_that_was_asked_not_for_the_one_it_names(scripted_grid):
+    def forges(message):
+        reply = Message(enrols("a")(message), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = 999
+        return reply
+
+    assert Roster(scripted_grid({1: forges}), timeout=5).online(1) == {"a": 1}
