@@ -29,7 +29,7 @@ _METHODS += (("shifts", 5), ("head", 0))
 def main(backbone: tuple[str, ...], image_size: int, batch_size: int) -> None:
     """Print a Markdown table; random weights serve, as costs do not depend on them."""
     torch.set_num_threads(1)
-    print(f"{image_size} px, batch {batch_size}, one thread, torch {torch.__version__}, ")
+    print(f"{image_size} px, batch {batch_size}, one thread, torch {torch.__version__},")
     print(f"{platform.machine()}, commit {_commit()}\n")
     columns = ("backbone", "method", "k", "kept for backward, MiB", "allocator peak, MiB")
     columns += ("CPU s a step", "sent, MiB")
