@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fleet.config import default_settings, describe_settings, read_config
 from fleet.errors import ConfigError, FleetError
 from fleet.records import RoundReport, RunRecord
-from fleet.report import refusals, round_line, rounds_table, write_page
+from fleet.report import accuracy_picture, refusals, round_line, rounds_table, write_page
 
 _FORMAT = click.option(
     "--format",
@@ -75,12 +75,14 @@ def simulate(recipe: Path | None, engine: str, output_format: str, **options: An
 @click.option(
     "--against", multiple=True, type=click.Path(path_type=Path), help="A run to draw beside it."
 )
+@click.option("--picture", type=click.Path(path_type=Path), help="Write the picture to an SVG.")
 @_FORMAT
-def report(run: Path, against: tuple[Path, ...], output_format: str) -> None:
+def report(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
     """Print the table of a RUN and write its page anew."""
-    record = RunRecord(run)
-    list(record.rounds())  # says so if there is no run
-    write_page(record, [RunRecord(path) for path in against])
+    record, beside = RunRecord(run), [RunRecord(path) for path in against]
+    write_page(record, beside)
+    if picture is not None:
+        picture.write_text(accuracy_picture([record, *beside]))
     show_run(record, output_format)
 
 

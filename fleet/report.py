@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.table import Table
 
+from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
 
 MIB = 2**20
@@ -73,7 +74,7 @@ def refusals(rounds: Iterable[RoundReport]) -> list[str]:
 
 
 def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
-    """Write `report.html`: the table, the refusals and, with matplotlib, a picture.
+    """Write `report.html`: the table, the refusals and, where matplotlib is, a picture.
 
     Args:
         record: the run that the page is about, where it is written.
@@ -87,10 +88,14 @@ def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
     )
     refused = "".join(f"<li>{html.escape(line)}</li>" for line in refusals(rounds))
     name = html.escape(record.path.name)
+    try:
+        picture = accuracy_picture([record, *beside])
+    except ConfigError as error:
+        picture = f"<p>{html.escape(str(error))}</p>"
     record.page_path.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title>"
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
-        f"<h1>{name}</h1>{accuracy_picture([record, *beside]) or ''}"
+        f"<h1>{name}</h1>{picture}"
         f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>"
         + (f"<h2>Refused</h2><ul>{refused}</ul>" if refused else "")
         + "</html>\n"
@@ -107,12 +112,16 @@ _STYLE = (
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def accuracy_picture(records: Sequence[RunRecord]) -> str | None:
-    """Accuracy by round and by bytes as one SVG; None without matplotlib."""
+def accuracy_picture(records: Sequence[RunRecord]) -> str:
+    """Accuracy by round and by bytes as one SVG.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib: pip install 'fleet-mobiletl[sim]'") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     for record, colour in zip(records, _COLOURS, strict=False):

@@ -63,34 +63,31 @@ def train_locally(
         model.trainable_parameters(), config.learning_rate, config.momentum, config.weight_decay
     )
     device = next(model.parameters()).device
-    started, losses, peak = time.perf_counter(), [], AllocatorPeak()
-    batches = _epochs(data, preprocessing, config, seed)
+    started, total, peak = time.perf_counter(), 0.0, AllocatorPeak()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        for step, (images, labels) in enumerate(batches):
-            images, labels = images.to(device), labels.to(device)
+        for step, (images, labels) in enumerate(_epochs(data, preprocessing, config, seed)):
+            batch = images.to(device), labels.to(device)
             with allocator_peak(device) if step == 0 else nullcontext(peak) as peak:
-                loss = _loss(model, images, labels)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise UpdateError(
-                        f"loss is {value} at step {step} with learning rate "
-                        f"{config.learning_rate}; lower learning-rate"
-                    )
-                loss.backward()
-                optimizer.step()
-            losses.append(value * len(labels))
+                loss = _step(model, optimizer, *batch)
+            if not math.isfinite(loss):
+                raise UpdateError(
+                    f"loss is {loss} at step {step} with learning rate {config.learning_rate}; "
+                    f"lower learning-rate"
+                )
+            total += loss * len(labels)
     return LocalResult(
         num_examples=len(data),
-        loss=sum(losses) / (len(data) * config.epochs),
+        loss=total / (len(data) * config.epochs),
         peak_bytes=peak.bytes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _loss(model: TransferModel, images: Tensor, labels: Tensor) -> Tensor:
+def _step(model: TransferModel, optimizer: SGD, images: Tensor, labels: Tensor) -> float:
+    """Forward, backward, update; returns the loss."""
     try:
-        return F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels)
     except ValueError as error:  # of PyTorch's batch norm: one value a channel has no variance
         if len(labels) > 1:
             raise
@@ -98,6 +95,9 @@ def _loss(model: TransferModel, images: Tensor, labels: Tensor) -> Tensor:
             f"a batch of one image of {images.shape[-1]} pixels is too little to train on: "
             f"{error}; raise batch-size or image-size, or give the client more images"
         ) from error
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def _epochs(
