@@ -134,12 +134,11 @@ def accuracy_picture(records: Sequence[RunRecord]) -> str:
         by_round.plot([r.server_round for r in rounds], accuracy, "o-", ms=3, color=colour)
         by_bytes.plot(travelled, accuracy, "o-", ms=3, color=colour)
         if rounds:
-            by_round.annotate(
+            by_bytes.annotate(
                 record.path.name,
-                (rounds[-1].server_round, accuracy[-1]),
-                xytext=(-4, -14),
+                (travelled[-1], accuracy[-1]),
+                xytext=(6, -4),
                 textcoords="offset points",
-                ha="right",
                 color=colour,
             )
     by_round.set(xlabel="round", ylabel="held-out accuracy (%)")
