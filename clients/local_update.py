@@ -75,7 +75,7 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow = plan if plan.method in ("head", "full") else plan.narrow(client.blocks(plan.blocks))
     result = train_locally(
-        TransferModel(backbone, narrow),
+        TransferModel(backbone, narrow, config.local.stash),
         relabel(training, task.classes),
         backbone.preprocessing,
         config.local,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet.errors import ConfigError
-from fleet.plan import METHODS
+from fleet.plan import METHODS, STASHES
 
 Value = str | int | float | bool
 
@@ -99,12 +99,14 @@ class LocalConfig:
     learning_rate: float = setting("learning-rate", "of the clients' SGD")
     momentum: float = setting("momentum", "of the clients' SGD")
     weight_decay: float = setting("weight-decay", "of the clients' SGD, on weights alone")
+    stash: str = setting("stash", f"what mobiletl keeps for backward: {', '.join(STASHES)}")
     device: str = setting("device", "auto, cpu, cuda or mps")
 
     def __post_init__(self) -> None:
         _check_at_least(1, "local-epochs", self.epochs)
         _check_at_least(1, "batch-size", self.batch_size)
         _check_at_least(0, "weight-decay", self.weight_decay)
+        _check_one_of("stash", self.stash, STASHES)
         _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning-rate must be above 0 and finite, got {self.learning_rate}")

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 Method = Literal["mobiletl", "head", "shifts", "blocks", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
 
+# What MobileTL keeps of a block for backward. `published`: the paper's sign masks and every
+# conv's input. `float32`, `bfloat16`, `int8`: the activations' inputs, so rounded.
+# `recompute`: the block's input alone.
+Stash = Literal["recompute", "int8", "bfloat16", "float32", "published"]
+STASHES: tuple[str, ...] = get_args(Stash)
+
 Role = Literal["weight", "bias", "shift", "scale", "mean", "var"]
 STATISTICS: tuple[Role, ...] = ("mean", "var")  # pooled over clients, never stepped
 

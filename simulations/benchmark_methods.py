@@ -18,8 +18,19 @@ from fleet.mobiletl import TransferModel
 from fleet.plan import make_plan
 
 _MIB = 2**20
-_METHODS = (("full", 0), ("blocks", 5), ("mobiletl", 5), ("mobiletl", 3), ("mobiletl", 1))
-_METHODS += (("shifts", 5), ("head", 0))
+# method, k, stash
+_METHODS = (
+    ("full", 0, ""),
+    ("blocks", 5, ""),
+    ("mobiletl", 5, "published"),
+    ("mobiletl", 5, "float32"),
+    ("mobiletl", 5, "int8"),
+    ("mobiletl", 5, "recompute"),
+    ("mobiletl", 3, "recompute"),
+    ("mobiletl", 1, "recompute"),
+    ("shifts", 5, ""),
+    ("head", 0, ""),
+)
 
 
 @click.command()
@@ -31,28 +42,24 @@ def main(backbone: tuple[str, ...], image_size: int, batch_size: int) -> None:
     torch.set_num_threads(1)
     print(f"{image_size} px, batch {batch_size}, one thread, torch {torch.__version__},")
     print(f"{platform.machine()}, commit {_commit()}\n")
-    columns = ("backbone", "method", "k", "kept for backward, MiB", "allocator peak, MiB")
-    columns += ("CPU s a step", "sent, MiB")
+    columns = ("backbone", "method", "k", "stash", "kept, MiB", "peak, MiB", "CPU s", "sent, MiB")
     print(f"| {' | '.join(columns)} |")
     print(f"|{'---|' * len(columns)}")
     for name in backbone:
         model = load_backbone(name, num_classes=10, image_size=image_size, weights="none")
-        for method, blocks in _METHODS:
-            kept, peak, seconds, sent = measure(model, method, blocks, batch_size)
+        for method, blocks, stash in _METHODS:
+            kept, peak, seconds, sent = measure(model, method, blocks, stash, batch_size)
             k = blocks or "–"
-            print(
-                f"| {name} | {method} | {k} | {kept / _MIB:.1f} | {peak / _MIB:.1f} "
-                f"| {seconds:.2f} | {sent / _MIB:.2f} |",
-                flush=True,
-            )
+            costs = f"{kept / _MIB:.1f} | {peak / _MIB:.1f} | {seconds:.2f} | {sent / _MIB:.2f}"
+            print(f"| {name} | {method} | {k} | {stash or '–'} | {costs} |", flush=True)
 
 
 def measure(
-    backbone: Backbone, method: str, blocks: int, batch_size: int
+    backbone: Backbone, method: str, blocks: int, stash: str, batch_size: int
 ) -> tuple[int, int, float, int]:
     """Bytes kept, allocator peak in bytes, seconds of the fastest of three steps, bytes sent."""
     plan = make_plan(backbone, method=method, blocks=blocks)
-    model = TransferModel(backbone, plan)
+    model = TransferModel(backbone, plan, stash or "published")
     size = backbone.preprocessing.image_size
     images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
     labels = torch.arange(batch_size) % backbone.num_classes

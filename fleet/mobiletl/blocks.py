@@ -5,6 +5,9 @@ conv keeps nothing, a norm trains its scale and statistics only if its scale
 requires grad. So one forward pass serves MobileTL, `shifts` and frozen tails.
 """
 
+from collections.abc import Iterator
+
+import torch.nn as nn
 from torch import Tensor
 
 from fleet.mobiletl.functional import batch_norm, frozen_conv2d, shift_norm, sign_mask
@@ -35,6 +38,14 @@ def part_forward(part: InvertedResidual | Unit | Step, x: Tensor) -> Tensor:
     if isinstance(part, InvertedResidual):
         return block_forward(part, x)
     return unit_forward(part, x) if isinstance(part, Unit) else part.forward(x)
+
+
+def parameters_of(part: InvertedResidual | Unit | Step) -> Iterator[nn.Parameter]:
+    """Every parameter of a part, frozen or not."""
+    is_unit = isinstance(part, Unit)
+    modules = (part.conv, part.norm, part.squeeze_excite) if is_unit else (part.module,)
+    for module in filter(None, modules):
+        yield from module.parameters()
 
 
 def unit_forward(unit: Unit, x: Tensor) -> Tensor:

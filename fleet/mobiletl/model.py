@@ -1,13 +1,18 @@
 """A backbone run the way an update plan trains it."""
 
+from collections.abc import Sequence
+
 import torch.nn as nn
 from torch import Tensor
 
 from fleet.backbones import Backbone
-from fleet.mobiletl.blocks import part_forward
+from fleet.mobiletl.blocks import parameters_of, part_forward
+from fleet.mobiletl.frozen import frozen
+from fleet.mobiletl.inverted_residual import fits, inverted_residual
 from fleet.mobiletl.prefix import run_prefix
+from fleet.mobiletl.stash import check_stash
 from fleet.plan import UpdatePlan
-from fleet.structure import Step, parts_of
+from fleet.structure import InvertedResidual, Step, Unit, parts_of
 
 
 class TransferModel(nn.Module):
@@ -18,7 +23,8 @@ class TransferModel(nn.Module):
     the original model. In training mode the steps below the first that trains
     run without autograd, those above with what the method needs:
 
-    - `mobiletl`, `shifts`, `head`: operations that keep little for backward;
+    - `mobiletl`, `shifts`, `head`: operations that keep little for backward,
+      for `mobiletl` as the stash says;
     - `blocks`: the original modules with stock autograd, norms in training mode;
     - `full`: the original model in training mode, dropout included.
 
@@ -26,14 +32,17 @@ class TransferModel(nn.Module):
     backbone, the one whose `train()` was called last is ready to train.
     """
 
-    def __init__(self, backbone: Backbone, plan: UpdatePlan) -> None:
+    def __init__(self, backbone: Backbone, plan: UpdatePlan, stash: str = "recompute") -> None:
         super().__init__()
         self.model = backbone.model
         self.plan = plan
+        self.stash = check_stash(stash if plan.method == "mobiletl" else "published")
         cut = first_trained_step(backbone.steps, plan)
         self._prefix, self._trained = backbone.steps[:cut], backbone.steps[cut:]
-        self._parts = tuple(parts_of(self._trained))
         self.train()
+        *parts, self._head = parts_of(self._trained)
+        top = _frozen_tail(parts) if self.stash != "published" else len(parts)
+        self._parts, self._tail = tuple(parts[:top]), tuple(parts[top:])
 
     def train(self, mode: bool = True) -> "TransferModel":
         """Training mode readies what the plan trains and nothing else."""
@@ -56,8 +65,11 @@ class TransferModel(nn.Module):
                 x = step.forward(x)
             return x
         for part in self._parts:
-            x = part_forward(part, x)
-        return x
+            if self.stash != "published" and isinstance(part, InvertedResidual) and fits(part):
+                x = inverted_residual(part, x, self.stash)
+            else:
+                x = part_forward(part, x)
+        return self._head.forward(frozen(self._tail, x) if self._tail else x)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""
@@ -71,6 +83,14 @@ class TransferModel(nn.Module):
         if self.plan.method == "blocks":
             return [step.module for step in self._trained if trains(step, self.plan)]
         return [s.block.drop_path for s in self._trained if s.block and s.block.drop_path]
+
+
+def _frozen_tail(parts: Sequence[InvertedResidual | Unit | Step]) -> int:
+    """Index above which nothing trains."""
+    top = len(parts)
+    while top and not any(p.requires_grad for p in parameters_of(parts[top - 1])):
+        top -= 1
+    return top
 
 
 def trains(step: Step, plan: UpdatePlan) -> bool:

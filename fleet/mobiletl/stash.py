@@ -1,0 +1,73 @@
+"""How a feature map is kept for backward: in full, rounded, or not at all.
+
+What is kept is the activation's input, from which both its value and its
+derivative follow. Rounding never moves it over a point where the derivative
+jumps, so that ReLU's and ReLU6's derivatives are exact at every precision.
+"""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fleet.errors import ConfigError
+from fleet.plan import STASHES
+
+
+def check_stash(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        ConfigError: if there is no such stash.
+    """
+    if name not in STASHES:
+        raise ConfigError(f"unknown stash {name}; known: {', '.join(STASHES)}")
+    return name
+
+
+def keep(x: Tensor, activation: nn.Module | None, stash: str) -> list[Tensor]:
+    """Round a map as a stash says.
+
+    Args:
+        x: what the activation is about to see; float32, any shape.
+        activation: decides where rounding must not cross; None: nowhere.
+        stash: `float32`, `bfloat16` or `int8`.
+
+    Returns:
+        The map itself or rounded; for `int8` codes, lowest value and step.
+    """
+    if stash == "float32":
+        return [x]
+    return [_to_bfloat16(x, activation)] if stash == "bfloat16" else _to_int8(x, activation)
+
+
+def restore(kept: list[Tensor]) -> Tensor:
+    """The float32 map that `keep` rounded; the caller's own, to change as it likes."""
+    if len(kept) == 1:
+        return kept[0].float() if kept[0].dtype != torch.float32 else kept[0].clone()
+    codes, lowest, step = kept
+    # Codes 1 to 254 stand for the middles of their intervals; 0 and 255 lie outside of all.
+    return codes.float().sub_(0.5).mul_(step).add_(lowest)
+
+
+def _to_bfloat16(x: Tensor, activation: nn.Module | None) -> Tensor:
+    rounded = x.to(torch.bfloat16)
+    if isinstance(activation, nn.ReLU6):
+        below_six = rounded.new_tensor(5.96875)  # the next smaller number there is
+        rounded = torch.where((x < 6) & (rounded >= 6), below_six, rounded)
+    return rounded
+
+
+def _to_int8(x: Tensor, activation: nn.Module | None) -> list[Tensor]:
+    """Eight bits over (lowest, highest): code 0 is at or below it, 255 at or above.
+
+    For ReLU6 that is (0, 6), beyond which the derivative is nought.
+    """
+    floor = {nn.ReLU: 0.0, nn.ReLU6: 0.0, nn.Hardswish: -3.0}.get(type(activation))
+    lowest = x.amin() if floor is None else x.new_tensor(floor)
+    highest = x.new_tensor(6.0) if isinstance(activation, nn.ReLU6) else x.amax()
+    step = ((highest - lowest) / 254).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = x.sub(lowest).div_(step).floor_().add_(1).clamp_(0, 255)
+    # Division rounds: what lies strictly between the ends must not land on one.
+    codes.clamp_(max=254).masked_fill_(x >= highest, 255)
+    codes.clamp_(min=1).masked_fill_(x <= lowest, 0)
+    return [codes.to(torch.uint8), lowest, step]
