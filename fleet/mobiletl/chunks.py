@@ -9,8 +9,8 @@ CHUNK_PIXELS = 392
 
 
 def images_in_chunk(x: Tensor) -> int:
-    """As many as have `CHUNK_PIXELS` of a map x (N, C, H, W), and at least one."""
-    return max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
+    """As many as have `CHUNK_PIXELS` of a map x (N, C, H, W), and at least one; (N, C) has one."""
+    return max(1, CHUNK_PIXELS // x.shape[2:].numel())
 
 
 def chunks(length: int, size: int) -> Iterator[slice]:

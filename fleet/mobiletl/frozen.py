@@ -15,7 +15,7 @@ def frozen(parts: Sequence[InvertedResidual | Unit | Step], x: Tensor) -> Tensor
     """Run parts of which no parameter trains, a few images at a time.
 
     Args:
-        x: (N, C, H, W).
+        x: (N, C, H, W) or (N, C).
 
     Returns:
         What the parts make of x. Kept for backward: x, from which each chunk
@@ -43,6 +43,7 @@ class _Frozen(torch.autograd.Function):
 
 
 def _run(parts: Sequence[InvertedResidual | Unit | Step], x: Tensor) -> Tensor:
+    x = x.clone()  # a step may be an activation in place
     for part in parts:
         x = part_forward(part, x)
     return x

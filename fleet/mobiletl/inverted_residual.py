@@ -96,6 +96,8 @@ class _InvertedResidual(torch.autograd.Function):
             if stash != "recompute":
                 for map_, activation in zip((x[part], *maps), seen_by, strict=True):
                     kept += keep(map_, activation, stash)
+        if z.numel() == z.shape[1]:  # as PyTorch's own, which the native function leaves unchecked
+            raise ValueError(f"one value a channel has no variance: {tuple(z.shape)}")
         y, mean, inverse_std = torch.native_batch_norm(
             z, norm.weight, norm.bias, norm.running_mean, norm.running_var,
             True, norm.momentum, norm.eps,
@@ -179,21 +181,28 @@ class _Recomputed:
 
     def chunk(self, part: slice) -> tuple[Tensor, list[Tensor], Tensor]:
         """Input, internal maps and the last norm's normalised input of a chunk."""
-        maps, _ = _internal(self._block, self._x[part])
-        return self._x[part], maps, self.normalised(part)
+        maps, h = _internal(self._block, self._x[part])
+        normalised = self.normalised(part)
+        if self._factor is not None:  # the output of a dropped branch says nothing of it
+            dropped = self._factor[part].flatten() == 0
+            if dropped.any():
+                z = _conv(self._block.units[-1].conv, h[dropped]) - _wide(self._mean)
+                normalised[dropped] = z * _wide(self._inverse_std)
+        return self._x[part], maps, normalised
 
     def normalised(self, part: slice) -> Tensor:
         """The last norm's input, centred and scaled by the batch's statistics.
 
         It is the norm's output without shift and scale, and that is the block's
         without the shortcut: the last conv, a third of the block, need not run again.
+        Where the branch was dropped this is not so, and the result is any number.
         """
         norm = self._block.units[-1].norm
         small = _small(norm)
         out = self._y[part].clone()
         if self._block.residual:
             out -= self._x[part]
-        if self._factor is not None:  # where it is nought, so is what this is multiplied by
+        if self._factor is not None:
             out /= torch.where(self._factor[part] == 0, 1, self._factor[part])
         out.sub_(_wide(norm.bias)).div_(_wide(torch.where(small, 1, norm.weight)))
         if self._z_small.shape[1]:
@@ -371,8 +380,8 @@ def _add(gradients: Gradients, parameter: nn.Parameter, gradient: Tensor) -> Non
 
 def _room(like: Tensor, batch: int) -> Tensor:
     """Room for a batch of what `like` holds a few of."""
-    shape = (batch, *like.shape[1:])
-    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    shape, layout = (batch, *like.shape[1:]), torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _small(norm: nn.BatchNorm2d) -> Tensor:

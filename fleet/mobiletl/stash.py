@@ -2,7 +2,8 @@
 
 What is kept is the activation's input, from which both its value and its
 derivative follow. Rounding never moves it over a point where the derivative
-jumps, so that ReLU's and ReLU6's derivatives are exact at every precision.
+jumps, so that ReLU's and ReLU6's derivatives are exact at every precision; but
+int8 may move it over hard-swish's upper corner, 3.
 """
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from fleet.errors import ConfigError
 from fleet.plan import STASHES
+
+
+# Where a derivative jumps.
+_CORNERS = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0), nn.Hardswish: (-3.0, 3.0)}
 
 
 def check_stash(name: str) -> str:
@@ -43,7 +48,7 @@ def keep(x: Tensor, activation: nn.Module | None, stash: str) -> list[Tensor]:
 def restore(kept: list[Tensor]) -> Tensor:
     """The float32 map that `keep` rounded; the caller's own, to change as it likes."""
     if len(kept) == 1:
-        return kept[0].float() if kept[0].dtype != torch.float32 else kept[0].clone()
+        return kept[0].float() if kept[0].dtype == torch.bfloat16 else kept[0].clone()
     codes, lowest, step = kept
     # Codes 1 to 254 stand for the middles of their intervals; 0 and 255 lie outside of all.
     return codes.float().sub_(0.5).mul_(step).add_(lowest)
@@ -51,9 +56,12 @@ def restore(kept: list[Tensor]) -> Tensor:
 
 def _to_bfloat16(x: Tensor, activation: nn.Module | None) -> Tensor:
     rounded = x.to(torch.bfloat16)
-    if isinstance(activation, nn.ReLU6):
-        below_six = rounded.new_tensor(5.96875)  # the next smaller number there is
-        rounded = torch.where((x < 6) & (rounded >= 6), below_six, rounded)
+    for corner in _CORNERS.get(type(activation), ()):
+        at = rounded.new_tensor(corner)
+        # What was rounded onto a corner moves on to the next number on its own side.
+        there = (rounded == at).nonzero(as_tuple=True)
+        side = (x[there] - corner).sign().to(at.dtype)
+        rounded[there] = at.nextafter(at + side)
     return rounded
 
 
