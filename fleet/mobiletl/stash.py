@@ -13,7 +13,6 @@ from torch import Tensor
 from fleet.errors import ConfigError
 from fleet.plan import STASHES
 
-
 # Where a derivative jumps.
 _CORNERS = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0), nn.Hardswish: (-3.0, 3.0)}
 

@@ -54,7 +54,7 @@ def readied(block, seed=0):
         norm = unit.norm
         norm.running_mean.normal_(0, 0.3, generator=generator)
         norm.running_var.uniform_(0.5, 1.5, generator=generator)
-        norm.bias.data.normal_(0.5, 0.5, generator=generator)
+        norm.bias.data.normal_(0, 0.5, generator=generator)
         norm.weight.data.uniform_(0.2, 1.5, generator=generator)
         norm.weight.data *= torch.randn(norm.weight.shape, generator=generator).sign()
         norm.weight.requires_grad_(False)
@@ -79,14 +79,19 @@ def random_map(block, number=5, size=(8, 7), seed=1):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def cotangent(y):
+    generator = torch.Generator().manual_seed(3)
+    d = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return d.contiguous(memory_format=torch.channels_last)
+
+
 def step(forward, module, x, seed=2):
     """Output, gradients of input and parameters, and the norms' statistics after backward."""
     module.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
     y = forward(x)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
-    y.backward(cotangent.contiguous(memory_format=torch.channels_last))
+    y.backward(cotangent(y))
     found = {"output": y.detach(), "input": x.grad}
     found |= {name: parameter.grad for name, parameter in module.named_parameters()}
     found |= {n: b.clone() for n, b in module.named_buffers() if "running" in n}
@@ -100,7 +105,7 @@ def check_same(ours, theirs, where="", rtol=1e-6, atol=1e-9):
             assert ours[name] is expected is None, f"{where} {name}"
         else:
             assert_close(
-                ours[name], expected, rtol=rtol, atol=atol, msg=lambda m: f"{where} {name}: {m}"
+                ours[name], expected, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{where} {n}: {m}"
             )
 
 
@@ -246,7 +251,7 @@ def test_input_that_needs_no_gradient_gets_none(block, stash):
     block.module.zero_grad(set_to_none=True)
     torch.manual_seed(2)
     y = inverted_residual(block, x, stash, chunk=2)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype))
+    y.backward(cotangent(y))
     assert x.grad is None
     for name, parameter in block.module.named_parameters():
         if parameter.requires_grad:
