@@ -218,10 +218,19 @@ def test_a_client_with_an_unknown_class_is_refused_by_name(launch, tmp_path):
     assert "has classes yak, which the server does not know" in report.refused["farm"]
 
 
-def test_a_client_that_fails_is_refused_with_its_traceback(launch):
+def test_a_client_that_fails_is_refused_with_its_traceback(launch, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("a fault of the code")
+
+    monkeypatch.setattr("clients.client_app.train_task", fails)
+    report = list(launch(rounds=1).rounds())[1]
+    assert "ZeroDivisionError: a fault of the code" in report.refused["client-0000"]
+
+
+def test_a_device_that_misstates_its_blocks_is_refused_with_the_reason(launch):
     report = list(launch(nodes={0: {"blocks": "many"}}, rounds=1).rounds())[1]
     assert report.refused.keys() == {"client-0000"}
-    assert "invalid literal for int" in report.refused["client-0000"]
+    assert "must be a whole number from 0 on, got 'many'" in report.refused["client-0000"]
 
 
 def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_path):
