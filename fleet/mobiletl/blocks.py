@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch.nn as nn
 from torch import Tensor
 
-from fleet.mobiletl.functional import batch_norm, frozen_conv2d, shift_norm, sign_mask
+from fleet.mobiletl.functional import batch_norm, frozen_conv2d, pad_for, shift_norm, sign_mask
 from fleet.structure import InvertedResidual, Step, Unit
 
 
@@ -50,17 +50,9 @@ def parameters_of(part: InvertedResidual | Unit | Step) -> Iterator[nn.Parameter
 
 def unit_forward(unit: Unit, x: Tensor) -> Tensor:
     """Conv → norm → activation → squeeze-excite; x (N, C, H, W)."""
-    x = unit.conv(x) if unit.conv.weight.requires_grad else _frozen(unit, x)
+    conv = unit.conv
+    x = conv(x) if conv.weight.requires_grad else frozen_conv2d(pad_for(conv, x), conv)
     x = batch_norm(x, unit.norm) if unit.norm.weight.requires_grad else shift_norm(x, unit.norm)
     if unit.activation is not None:
         x = sign_mask(x, unit.activation)
     return x if unit.squeeze_excite is None else unit.squeeze_excite(x)
-
-
-def _frozen(unit: Unit, x: Tensor) -> Tensor:
-    if type(unit.conv).__name__ == "Conv2dSame":  # timm: TensorFlow's padding depends on the size
-        from timm.layers import pad_same
-
-        conv = unit.conv
-        x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
-    return frozen_conv2d(x, unit.conv)

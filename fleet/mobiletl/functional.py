@@ -42,6 +42,29 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
+def activate(x: Tensor, activation: nn.Module | None) -> Tensor:
+    """The activation's function in a tensor of its own, whatever its `inplace` says."""
+    if activation is None:
+        return x
+    if isinstance(activation, nn.ReLU6):
+        return F.relu6(x)
+    if isinstance(activation, nn.ReLU):
+        return F.relu(x)
+    return F.hardswish(x) if isinstance(activation, nn.Hardswish) else F.silu(x)
+
+
+def pad_for(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The input with what a conv pads by its size, as TensorFlow does; for most, itself.
+
+    What such a conv pads by itself, `conv.padding`, is nought.
+    """
+    if type(conv).__name__ != "Conv2dSame":  # timm's
+        return x
+    from timm.layers import pad_same
+
+    return pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
+
+
 class _SignMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: nn.Module) -> Tensor:
@@ -51,11 +74,7 @@ class _SignMask(torch.autograd.Function):
             mask &= x < 6
         ctx.save_for_backward(pack_bits(mask))
         ctx.like = torch.empty_like(x, device="meta")
-        if isinstance(activation, nn.ReLU6):
-            return F.relu6(x)
-        if isinstance(activation, nn.ReLU):
-            return F.relu(x)
-        return F.hardswish(x) if isinstance(activation, nn.Hardswish) else F.silu(x)
+        return activate(x, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

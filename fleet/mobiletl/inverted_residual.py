@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fleet.mobiletl.chunks import chunks, images_in_chunk
+from fleet.mobiletl.chunks import chunks, images_in_chunk, room
+from fleet.mobiletl.functional import activate, pad_for
 from fleet.mobiletl.stash import keep, restore
 from fleet.structure import InvertedResidual, Unit
 
@@ -91,7 +92,7 @@ class _InvertedResidual(torch.autograd.Function):
         for part in chunks(len(x), chunk):
             maps, h = _internal(block, x[part])
             out = _conv(block.units[-1].conv, h)
-            z = _room(out, len(x)) if z is None else z
+            z = room(out, len(x)) if z is None else z
             z[part] = out
             if stash != "recompute":
                 for map_, activation in zip((x[part], *maps), seen_by, strict=True):
@@ -135,7 +136,7 @@ class _InvertedResidual(torch.autograd.Function):
             d_out = (dz[part] - mean_d).sub_(normalised.mul_(mean_dn)).mul_(a)
             dx_part = _backward_chunk(block, x, maps, d_out, gradients, ctx.needs_input_grad[0])
             if dx_part is not None:
-                dx = _room(dx_part, len(dy)) if dx is None else dx
+                dx = room(dx_part, len(dy)) if dx is None else dx
                 dx[part] = dx_part.add_(dy[part]) if block.residual else dx_part
         found = [gradients.get(p) if p.requires_grad else None for p in _parameters(block)]
         return (dx, None, None, None, None, *found)
@@ -221,7 +222,7 @@ def _internal(block: InvertedResidual, x: Tensor) -> tuple[list[Tensor], Tensor]
             eps=norm.eps,
         )  # fmt: skip
         maps.append(p)
-        h = _gated(unit, _activated(unit, p))
+        h = _gated(unit, activate(p, unit.activation))
     return maps, h
 
 
@@ -240,7 +241,7 @@ def _backward_chunk(
     d = d_out
     for j in reversed(range(1, len(block.units))):
         unit, below, p = block.units[j], block.units[j - 1], maps[j - 1]
-        h = _activated(below, p)
+        h = activate(p, below.activation)
         d = _conv_backward(unit.conv, d, _gated(below, h), gradients, True)
         if below.squeeze_excite is not None:
             d = _gate_backward(below.squeeze_excite, h, d, gradients)
@@ -249,16 +250,6 @@ def _backward_chunk(
         norm = below.norm
         d = d * _wide(norm.weight * torch.rsqrt(norm.running_var + norm.eps))
     return _conv_backward(block.units[0].conv, d, x, gradients, wants_input)
-
-
-def _activated(unit: Unit, p: Tensor) -> Tensor:
-    if unit.activation is None:
-        return p
-    if isinstance(unit.activation, nn.ReLU6):
-        return F.relu6(p)
-    if isinstance(unit.activation, nn.ReLU):
-        return F.relu(p)
-    return F.hardswish(p) if isinstance(unit.activation, nn.Hardswish) else F.silu(p)
 
 
 def _gated(unit: Unit, h: Tensor) -> Tensor:
@@ -289,9 +280,9 @@ def _gate_backward(gate: nn.Module, h: Tensor, d: Tensor, gradients: Gradients) 
 
 
 def _conv(conv: nn.Conv2d, h: Tensor) -> Tensor:
-    padded, padding = _padded(conv, h)
+    padded = pad_for(conv, h)
     rows = _as_rows(conv, padded)
-    out = F.conv2d(rows, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups)
+    out = F.conv2d(rows, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     return out if rows is padded else _as_map(out, h)
 
 
@@ -299,17 +290,17 @@ def _conv_backward(
     conv: nn.Conv2d, d: Tensor, h: Tensor, gradients: Gradients, wants_input: bool
 ) -> Tensor | None:
     """Adds the weight's gradient to `gradients`; returns the input's, if it is wanted."""
-    padded, padding = _padded(conv, h)
+    padded = pad_for(conv, h)
     rows = _as_rows(conv, padded)
     d_rows = d if rows is padded else _as_rows(conv, d)
     wants_weight = conv.weight.requires_grad
     fold = wants_weight and conv.groups == conv.in_channels and conv.kernel_size[0] > 3
     d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-        d_rows, rows, conv.weight, None, conv.stride, padding, conv.dilation, False, [0, 0],
+        d_rows, rows, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
         conv.groups, [wants_input, wants_weight and not fold, False],
     )  # fmt: skip
     if wants_weight:
-        d_weight = _depthwise_weight_gradient(conv, d, padded, padding) if fold else d_weight
+        d_weight = _depthwise_weight_gradient(conv, d, padded) if fold else d_weight
         _add(gradients, conv.weight, d_weight)
     if d_input is None:
         return None
@@ -343,9 +334,7 @@ def _as_map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.permute(0, 2, 3, 1).reshape(n, *size, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _depthwise_weight_gradient(
-    conv: nn.Conv2d, d: Tensor, h: Tensor, padding: tuple[int, int]
-) -> Tensor:
+def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, h: Tensor) -> Tensor:
     """The input correlated with the gradient, every image and channel a group of its own.
 
     oneDNN's own is nine times slower for 5×5 at two images of 1152×7×7, and
@@ -354,19 +343,10 @@ def _depthwise_weight_gradient(
     n, c, *size = h.shape
     correlated = F.conv2d(
         h.reshape(1, n * c, *size), d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation,
-        padding, conv.stride, groups=n * c,
+        conv.padding, conv.stride, groups=n * c,
     )  # fmt: skip
     high, wide = conv.kernel_size
     return correlated[0, :, :high, :wide].reshape(n, c, 1, high, wide).sum(0)
-
-
-def _padded(conv: nn.Conv2d, h: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The input as the conv sees it, and what it still pads by itself."""
-    if type(conv).__name__ != "Conv2dSame":
-        return h, conv.padding
-    from timm.layers import pad_same  # TensorFlow's padding, which depends on the size
-
-    return pad_same(h, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
 
 
 def _add(gradients: Gradients, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -376,12 +356,6 @@ def _add(gradients: Gradients, parameter: nn.Parameter, gradient: Tensor) -> Non
         gradients[parameter] += gradient
     else:
         gradients[parameter] = gradient
-
-
-def _room(like: Tensor, batch: int) -> Tensor:
-    """Room for a batch of what `like` holds a few of."""
-    shape, layout = (batch, *like.shape[1:]), torch.channels_last
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _small(norm: nn.BatchNorm2d) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fleet.mobiletl.chunks import room
 from fleet.structure import Step
 
 # Its widest feature maps would set the peak of a whole training step; two
@@ -30,17 +31,8 @@ def run_prefix(steps: tuple[Step, ...], x: Tensor, micro_batch: int = MICRO_BATC
             for step in steps:
                 y = step.forward(y)
         if out is None:
-            out = _like(y, len(x))
+            out = room(y, len(x))
         # Autograd refuses to keep inference tensors, so the values are copied out.
         with torch.no_grad():
             out[start : start + micro_batch].copy_(y)
     return out
-
-
-def _like(y: Tensor, batch: int) -> Tensor:
-    """Room for a batch of what y holds a few of, in the same memory format."""
-    channels_last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (batch, *y.shape[1:]), dtype=y.dtype, device=y.device, memory_format=memory_format
-    )
