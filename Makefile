@@ -5,16 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m simulations.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
-
-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

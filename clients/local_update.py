@@ -117,7 +117,7 @@ def _receive(
     asked = task.plan
     local = client.config.local
     backbone = _backbone(
-        config, len(task.classes), client.config.seed, local.device, str(asked.get("digest"))
+        config, task.classes, client.config.seed, local.device, str(asked.get("digest"))
     )
     plan = make_plan(
         backbone,
@@ -135,11 +135,12 @@ def _receive(
 # clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
 def _backbone(
-    config: ModelConfig, num_classes: int, seed: int, device: str, plan_digest: str
+    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, plan_digest: str
 ) -> Backbone:
     backbone = load_backbone(
         config.backbone,
-        num_classes=num_classes,
+        num_classes=len(classes),
+        classes=classes,
         image_size=config.image_size,
         weights=config.weights,
         seed=seed,

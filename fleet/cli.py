@@ -13,8 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fleet.config import default_settings, describe_settings, read_config
 from fleet.errors import ConfigError, FleetError
-from fleet.records import RoundReport, RunRecord
-from fleet.report import accuracy_picture, refusals, round_line, rounds_table, write_page
+from fleet.records import RoundReport, RunRecord, to_json
+from fleet.report import (
+    accuracy_picture,
+    refusals,
+    round_line,
+    rounds_table,
+    run_values,
+    write_page,
+)
 
 _FORMAT = click.option(
     "--format",
@@ -59,15 +66,38 @@ def _setting_options(command: Callable) -> Callable:
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
 @_FORMAT
 def simulate(recipe: Path | None, engine: str, output_format: str, **options: Any) -> None:
-    """Run a simulated fleet; settings come from a RECIPE (TOML) and from options."""
+    """Run a simulated fleet; settings come from a RECIPE (TOML) and from options.
+
+    A run's config.toml is a recipe too: it repeats the run in another directory.
+    """
     settings = _read_recipe(recipe) if recipe else {}
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
-    from simulations.launch import simulate as launch
+    config = read_config(default_settings() | settings)
+    # Named here, so that an interrupted run can say where it is.
+    record = RunRecord.reserve(config.run_dir)
+    settings["run-dir"] = str(record.path)
+    with _interruptible(record):
+        from simulations.launch import simulate as launch
 
-    rounds = read_config(default_settings() | settings).federation.rounds
-    with show_progress(rounds) as (on_round, on_reply):
-        record = launch(settings, engine, on_round, on_reply)
-    show_run(record, output_format)
+        with show_progress(config.federation.rounds) as (on_round, on_reply):
+            record = launch(settings, engine, on_round, on_reply)
+    if output_format == "json":
+        click.echo(to_json(record.summary(), indent=2))
+    else:
+        show_run(record)
+
+
+@contextlib.contextmanager
+def _interruptible(record: RunRecord) -> Iterator[None]:
+    """Ctrl-C ends the command with the shell's code for it, 128 + SIGINT, and says what is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if record.config_path.is_file():
+            click.echo(f"stopped; what is done is in {record.path}", err=True)
+        else:
+            click.echo(f"stopped; nothing was written to {record.path} yet", err=True)
+        raise click.exceptions.Exit(130) from None
 
 
 @main.command()
@@ -80,29 +110,53 @@ def simulate(recipe: Path | None, engine: str, output_format: str, **options: An
 def report(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
     """Print the table of a RUN and write its page anew."""
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
-    write_page(record, beside)
+    for each in (record, *beside):
+        list(each.rounds())  # what cannot be read is refused; what cannot be written is not
+    try:
+        write_page(record, beside)
+    except ConfigError as error:
+        click.echo(f"Warning: {error}", err=True)
     if picture is not None:
-        picture.write_text(accuracy_picture([record, *beside]))
-    show_run(record, output_format)
+        _write_picture(picture, [record, *beside])
+    if output_format == "json":
+        click.echo(to_json(run_values(record), indent=2))
+    else:
+        show_run(record)
+
+
+def _write_picture(path: Path, records: list[RunRecord]) -> None:
+    try:
+        path.write_text(accuracy_picture(records), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write picture {path}: {error.strerror}; name another file with --picture"
+        ) from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    """Settings by name, from a recipe or from the config.toml of a run."""
     try:
-        return tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            values = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    if not isinstance(values.get("settings"), dict):
+        return values
+    if others := values.keys() - {"settings", "versions", "machine"}:
+        raise ConfigError(
+            f"recipe {path} has {', '.join(sorted(others))} beside [settings]; "
+            f"move it into [settings], or remove the header"
+        )
+    # A run's own directory is taken: by that run.
+    return {key: value for key, value in values["settings"].items() if key != "run-dir"}
 
 
-def show_run(record: RunRecord, output_format: str = "text") -> None:
+def show_run(record: RunRecord) -> None:
     """Print a run: its table, who was refused, and where model and report are."""
     rounds = list(record.rounds())
     ended = record.summary_path.is_file()
-    if output_format == "json":
-        summary = record.summary() if ended else {"rounds": len(rounds) - 1}
-        click.echo(json.dumps(summary, indent=2))
-        return
     console = Console()
     console.print(rounds_table(rounds, title=record.path.name))
     for line in refusals(rounds):

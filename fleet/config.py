@@ -18,6 +18,9 @@ from fleet.plan import METHODS, STASHES
 
 Value = str | int | float | bool
 
+WEIGHTS = ("default", "imagenet", "none")  # or a path
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+
 
 def setting(key: str, help: str) -> Any:
     """A dataclass field that is read from the run configuration's `key`."""
@@ -40,6 +43,7 @@ class DataConfig:
     skip_unreadable: bool = setting("skip-unreadable", "leave unreadable images out")
 
     def __post_init__(self) -> None:
+        _check_named("data", self.source)
         _check_at_least(0, "train-examples", self.train_examples)
         _check_at_least(0, "test-examples", self.test_examples)
         if not 0 <= self.validation_fraction < 1:
@@ -57,6 +61,8 @@ class ModelConfig:
     image_size: int = setting("image-size", "pixels a side")
 
     def __post_init__(self) -> None:
+        _check_named("backbone", self.backbone)
+        _check_named("weights", self.weights)
         _check_at_least(32, "image-size", self.image_size)
 
 
@@ -105,7 +111,10 @@ class LocalConfig:
     def __post_init__(self) -> None:
         _check_at_least(1, "local-epochs", self.epochs)
         _check_at_least(1, "batch-size", self.batch_size)
-        _check_at_least(0, "weight-decay", self.weight_decay)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"weight-decay must be at least 0 and finite, got {self.weight_decay}"
+            )
         _check_one_of("stash", self.stash, STASHES)
         _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
         if not 0 < self.learning_rate < math.inf:
@@ -123,7 +132,7 @@ class FederationConfig:
     sampled: int = setting("sampled", "clients that train in a round; 0: all")
     min_clients: int = setting("min-clients", "clients to wait for before a round")
     round_timeout: float = setting("round-timeout", "seconds after which a round goes on")
-    strategy: str = setting("strategy", "fedavg, fedavgm, fedadam, fedyogi or fedadagrad")
+    strategy: str = setting("strategy", f"server optimiser: {', '.join(STRATEGIES)}")
     server_learning_rate: float = setting(
         "server-learning-rate", "of the server optimiser; 0: its own default"
     )
@@ -136,7 +145,12 @@ class FederationConfig:
         for key in ("clients", "rounds", "min_clients"):
             _check_at_least(1, key.replace("_", "-"), getattr(self, key))
         _check_at_least(0, "sampled", self.sampled)
-        _check_at_least(0, "server-learning-rate", self.server_learning_rate)
+        _check_one_of("strategy", self.strategy, STRATEGIES)
+        if not 0 <= self.server_learning_rate < math.inf:
+            raise ConfigError(
+                f"server-learning-rate must be at least 0 and finite, "
+                f"got {self.server_learning_rate}"
+            )
         _check_one_of("evaluation", self.evaluation, ("server", "clients"))
         if not self.round_timeout > 0:
             raise ConfigError(f"round-timeout must be above 0 seconds, got {self.round_timeout}")
@@ -155,7 +169,8 @@ class RunConfig:
     run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "seed", self.seed)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in [0, 2^63), got {self.seed}")
 
     def as_settings(self) -> dict[str, Value]:
         """Key → value, as the run configuration names them."""
@@ -222,11 +237,18 @@ def _typed(key: str, value: Value, wanted: type) -> Value:
         return float(value)
     if wanted is str and type(value) is int:  # blocks=3 and blocks="1,3" both come
         return str(value)
+    if key == "blocks" and isinstance(value, list):
+        raise ConfigError(f'blocks must be text, such as "1,3,5"; got the list {value}')
     if type(value) is not wanted:
         raise ConfigError(
             f"{key} must be {wanted.__name__}, got {value!r} ({type(value).__name__})"
         )
     return value
+
+
+def _check_named(key: str, value: str) -> None:
+    if not value.strip():
+        raise ConfigError(f"{key} is empty; name one")
 
 
 def _check_at_least(least: float, key: str, value: float) -> None:

@@ -90,6 +90,7 @@ def _highest_sum(threads: list) -> int:
     for events in threads:
         for event in events:
             if event.kind() == "memory_alloc":
-                live += event.cpu_memory_usage()
+                # Below nought only memory of before the start was released, which makes no room.
+                live = max(0, live + event.cpu_memory_usage())
                 highest = max(highest, live)
     return highest

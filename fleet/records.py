@@ -1,18 +1,23 @@
 """What a run leaves behind: configuration, rounds, summary and model, in one folder."""
 
+import contextlib
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from fleet.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("fleet-mobiletl", "flwr", "torch", "torchvision", "timm", "numpy")
 
@@ -25,7 +30,7 @@ class ClientReport:
         name: the client's.
         blocks: k, how many blocks it trained.
         num_examples: its training images.
-        loss: its mean training loss, in nats.
+        loss: its mean training loss, in nats; None in a record if it was not finite.
         peak_bytes: allocator peak of a training step beyond model and batch.
         seconds: of its local update.
         metrics: what else it measured (temperature, resident memory).
@@ -34,7 +39,7 @@ class ClientReport:
     name: str
     blocks: int
     num_examples: int
-    loss: float
+    loss: float | None
     peak_bytes: int
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -47,10 +52,10 @@ class RoundReport:
     Attributes:
         server_round: from 0 on.
         accuracy, loss: of the global model after the round, 0…1 and in nats;
-            None if it was not evaluated.
+            None if it was not evaluated, and in a record if it was not finite.
         train_loss: mean of the clients' training losses, by examples.
-        bytes_up, bytes_down: of all messages to and from the server, records
-            and headers included.
+        bytes_up, bytes_down: of states and updates on their way to and from
+            the server, records and their headers included.
         peak_client_bytes: the largest client's allocator peak.
         seconds: wall time from the first message to the end of evaluation.
         clients: who took part.
@@ -85,14 +90,24 @@ class RunRecord:
             run_dir: a path; empty names a folder in `runs/` by the clock.
 
         Raises:
-            ConfigError: if the folder holds a run.
+            ConfigError: if the folder holds a run or any file of one, or cannot be one.
         """
         record = cls(Path(run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
-        if record.config_path.exists():
-            raise ConfigError(
-                f"run directory {record.path} holds a run already; "
-                f"name another with run-dir, or remove it"
-            )
+        ours = (
+            record.config_path,
+            record.rounds_path,
+            record.summary_path,
+            record.model_path,
+            record.page_path,
+        )
+        try:
+            there = set(os.listdir(record.path))
+        except FileNotFoundError:
+            return record
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            raise record._unusable(error) from error
+        if there & {path.name for path in ours}:
+            raise record._taken()
         return record
 
     @classmethod
@@ -104,7 +119,8 @@ class RunRecord:
             settings: the run configuration.
 
         Raises:
-            ConfigError: if the folder holds a run, or cannot be made.
+            ConfigError: if the folder holds a run, or cannot be made. Of two runs
+                that want one folder at once, one is refused.
         """
         record = cls.reserve(run_dir)
         facts = {
@@ -113,11 +129,29 @@ class RunRecord:
             "machine": {"python": platform.python_version(), "platform": platform.platform()},
         }
         try:
+            content = tomli_w.dumps(facts).encode()
             record.path.mkdir(parents=True, exist_ok=True)
-            record.config_path.write_text(tomli_w.dumps(facts))
+        except (OSError, ValueError) as error:
+            raise record._unusable(error) from error
+        try:
+            with record.config_path.open("xb") as file:
+                file.write(content)
+        except FileExistsError as error:
+            raise record._taken() from error
         except OSError as error:
-            raise ConfigError(f"cannot write run directory {record.path}: {error}") from error
+            raise record._unusable(error) from error
         return record
+
+    def _taken(self) -> ConfigError:
+        return ConfigError(
+            f"run directory {self.path} holds a run already; name another with run-dir, "
+            f"or remove it"
+        )
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"cannot write run directory {self.path}: {_reason(error)}; name another with run-dir"
+        )
 
     @property
     def config_path(self) -> Path:
@@ -145,43 +179,88 @@ class RunRecord:
         return self.path / "report.html"
 
     def add_round(self, report: RoundReport) -> None:
-        """Append a round and see it to the disk."""
-        with self.rounds_path.open("a") as file:
-            file.write(json.dumps(asdict(report)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a round and see it to the disk.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        line = to_json(asdict(report)) + "\n"
+        try:
+            with self.rounds_path.open("a") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritten(self.rounds_path, error) from error
 
     def rounds(self) -> Iterator[RoundReport]:
         """The rounds so far; a line that is still being written is left out.
 
         Raises:
-            ConfigError: if there is no run here.
+            ConfigError: if there is no run here, or a line is not a round.
         """
         if not self.rounds_path.is_file():
             if not self.config_path.is_file():
                 raise ConfigError(f"{self.path} holds no run: there is no config.toml in it")
             return
-        for line in self.rounds_path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                return
-            values = json.loads(line)
-            values["clients"] = tuple(ClientReport(**client) for client in values["clients"])
-            yield RoundReport(**values)
+        *lines, _ = _read(self.rounds_path).split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield _parse_round(line)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.rounds_path}, line {number}, is not a round: {error}; "
+                    f"remove the line, or repeat the run"
+                ) from error
+
+    def save_model(self, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, str]) -> None:
+        """Write `model.safetensors`; whoever reads it finds the last model or this one, whole.
+
+        Args:
+            tensors: name → tensor, on any device; no two may share memory.
+            facts: what is needed to use the model again; the file's metadata.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        # Here, not above: it brings torch, which a report does without.
+        from safetensors import SafetensorError
+        from safetensors.torch import save
+
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            with _replacing(self.model_path) as path:
+                # Not save_file: its files are for their owner alone.
+                path.write_bytes(save(whole, metadata=dict(facts)))
+        except SafetensorError as error:
+            raise _unwritten(self.model_path, error) from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`; its being there says that the run ended well."""
-        self.summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        """Write `summary.json`; its being there says that the run ended well.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        content = to_json(summary, indent=2) + "\n"
+        with _replacing(self.summary_path) as path:
+            path.write_text(content)
 
     def summary(self) -> dict[str, Any]:
         """The summary of a run that has ended.
 
         Raises:
-            ConfigError: if it has not.
+            ConfigError: if it has not, or the file is damaged.
         """
         if not self.summary_path.is_file():
             rounds = sum(1 for _ in self.rounds())
             raise ConfigError(f"run {self.path} has no summary yet: it wrote {rounds} rounds")
-        return json.loads(self.summary_path.read_text())
+        try:
+            return _parse_object(_read(self.summary_path))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.summary_path} is not a summary: {error}; "
+                f"remove it to see the rounds alone, or repeat the run"
+            ) from error
 
 
 def summarise(rounds: list[RoundReport]) -> dict[str, Any]:
@@ -197,3 +276,95 @@ def summarise(rounds: list[RoundReport]) -> dict[str, Any]:
         "seconds": round(sum(r.seconds for r in rounds), 3),
         "refused": sum(len(r.refused) for r in rounds),
     }
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite becomes null.
+
+    Python would write NaN and Infinity, which RFC 8259 does not know. A loss
+    that diverged is told from one that was not measured by the run's log alone.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for every NaN and infinity in it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _parse_round(line: bytes) -> RoundReport:
+    """A line of `rounds.jsonl`; ValueError says what is wrong with it."""
+    values = _parse_object(line)
+    _check_keys(RoundReport, values)
+    if not isinstance(values["clients"], list):
+        raise ValueError(f"clients must be a list, got {values['clients']!r}")
+    for client in values["clients"]:
+        _check_keys(ClientReport, client)
+    clients = tuple(ClientReport(**client) for client in values["clients"])
+    return RoundReport(**values | {"clients": clients})
+
+
+def _parse_object(content: bytes) -> dict[str, Any]:
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {value!r}")
+    return value
+
+
+def _check_keys(kind: type, values: Any) -> None:
+    known = [f.name for f in fields(kind)]
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object with {', '.join(known)}, got {values!r}")
+    for fault, names in (
+        ("unknown", [name for name in values if name not in known]),
+        ("missing", [name for name in known if name not in values]),
+    ):
+        if names:
+            raise ValueError(f"{fault} {', '.join(names)}; known: {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` once it is whole and on the disk.
+
+    Raises:
+        ConfigError: if it cannot be written; `path` is then as it was.
+    """
+    # One name a process: two that write the same file do not mix their bytes.
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {_reason(error)}; make it readable for this user"
+        ) from error
+
+
+def _unwritten(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"cannot write {path}: {_reason(error)}; free space or give write permission there, "
+        f"then run again with another run-dir"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

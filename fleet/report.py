@@ -3,12 +3,14 @@
 import html
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, RunRecord
+from fleet.records import RoundReport, RunRecord, summarise
 
 MIB = 2**20
 
@@ -73,12 +75,32 @@ def refusals(rounds: Iterable[RoundReport]) -> list[str]:
     ]
 
 
+def run_values(record: RunRecord) -> dict[str, Any]:
+    """A run as one object: its summary, whether it has ended, and its rounds.
+
+    Returns:
+        The keys of `summary.json`, or of the totals so far (`rounds` alone
+        before the first); `ended`; and `per_round`, as in `rounds.jsonl`.
+
+    Raises:
+        ConfigError: if there is no run, or its record is damaged.
+    """
+    rounds = list(record.rounds())
+    ended = record.summary_path.is_file()
+    so_far = summarise(rounds) if rounds else {"rounds": 0}
+    totals = record.summary() if ended else so_far
+    return totals | {"ended": ended, "per_round": [asdict(report) for report in rounds]}
+
+
 def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
     """Write `report.html`: the table, the refusals and, where matplotlib is, a picture.
 
     Args:
         record: the run that the page is about, where it is written.
         beside: runs to draw into the same picture.
+
+    Raises:
+        ConfigError: if there is no run, or the page cannot be written.
     """
     rounds = list(record.rounds())
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
@@ -92,7 +114,7 @@ def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
         picture = accuracy_picture([record, *beside])
     except ConfigError as error:
         picture = f"<p>{html.escape(str(error))}</p>"
-    record.page_path.write_text(
+    page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title>"
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
         f"<h1>{name}</h1>{picture}"
@@ -100,6 +122,13 @@ def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
         + (f"<h2>Refused</h2><ul>{refused}</ul>" if refused else "")
         + "</html>\n"
     )
+    try:
+        record.page_path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write page {record.page_path}: {error.strerror}; "
+            f"make it writable, then run: fleet report {record.path}"
+        ) from error
 
 
 _STYLE = (

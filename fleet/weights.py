@@ -1,6 +1,7 @@
 """Pretrained weights: where they come from, and that they are the right ones."""
 
 import hashlib
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,10 +42,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or `.pth`/`.pt` file, by name.
 
     Pickled code is never run. Of a training checkpoint the part `state_dict`
-    or `model` is taken.
+    or `model` is taken, and the prefix `module.` of a DataParallel model is
+    taken off.
 
     Raises:
-        ConfigError: if there is no such file, or it is neither format.
+        ConfigError: if there is no such file, it is neither format, or it holds
+            anything but dense tensors with names.
     """
     path = path.expanduser()
     if not path.is_file():
@@ -56,8 +59,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text invites to run the code that the file may hold
         raise ConfigError(
@@ -74,7 +78,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             tensors = tensors[key]
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ConfigError(f"{path} holds no state_dict; save model.state_dict()")
+    _refuse_unnamed_and_not_dense(path, tensors)
+    if all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return dict(tensors)
+
+
+def read_classes(path: Path) -> tuple[str, ...] | None:
+    """Names of the classes that the head of a file is for; only this project's files tell."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path.expanduser(), framework="pt") as file:
+        facts = file.metadata() or {}
+    try:
+        classes = json.loads(facts.get("classes", "null"))
+    except ValueError:  # another tool's note under the same name
+        return None
+    return tuple(classes) if isinstance(classes, list) else None
 
 
 def download(model_name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -93,22 +115,74 @@ def download(model_name: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a model; every one must be there and fit.
+    """Copy tensors into a model; every one must be there, fit and be finite.
 
     Raises:
-        ConfigError: naming missing, unknown and misshapen tensors.
+        ConfigError: naming missing, unknown, misshapen, mistyped and damaged tensors.
     """
     expected = model.state_dict()
     # Counters of batches seen: absent from files that older tools wrote, and never read here.
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     faults = [f"{name} is missing" for name in expected if name not in tensors.keys() | optional]
     faults += [f"{name} is unknown" for name in tensors if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model's is {tuple(own.shape)}"
-        for name, own in expected.items()
-        if name in tensors and tensors[name].shape != own.shape
-    ]
+    common = [(name, tensors[name], own) for name, own in expected.items() if name in tensors]
+    faults += [fault for one in common if (fault := _misfit(*one))]
     if faults:
-        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if faults[3:] else "")
-        raise ConfigError(f"weights {source} do not fit {type(model).__name__}: {shown}")
+        raise ConfigError(
+            f"weights {source} do not fit {type(model).__name__}: {_first(faults)}; "
+            f"save the state_dict of the same architecture, or name the backbone it is of"
+        )
+    damaged = [fault for one in common if (fault := _damage(*one))]
+    if damaged:
+        raise ConfigError(
+            f"weights {source} are damaged: {_first(damaged)}; "
+            f"copy the file again, or save it before training diverges"
+        )
     model.load_state_dict(dict(tensors), strict=False)
+
+
+def _refuse_unnamed_and_not_dense(path: Path, tensors: Mapping[object, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{path} has the key {name!r} of type {type(name).__name__}, a state_dict has "
+                f"names (str); save model.state_dict()"
+            )
+        kind = _kind(tensor)
+        if kind != "dense":
+            raise ConfigError(
+                f"{path} has {name} as a {kind} tensor, expected a dense one; "
+                f"save the state_dict of the plain model, its tensors dense and on the CPU"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    return "dense" if tensor.layout == torch.strided else "sparse"
+
+
+def _misfit(name: str, tensor: Tensor, own: Tensor) -> str | None:
+    if tensor.shape != own.shape:
+        return f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own.shape)}"
+    # Half and double precision are converted; these would lose what they mean.
+    if tensor.is_complex() or (own.is_floating_point() and not tensor.is_floating_point()):
+        return f"{name} has dtype {tensor.dtype}, the model's is {own.dtype}"
+    return None
+
+
+def _damage(name: str, tensor: Tensor, own: Tensor) -> str | None:
+    if not own.is_floating_point():
+        return None
+    bad = own.numel() - int(tensor.to(own.dtype).isfinite().sum())
+    return (
+        f"{name} has {bad} of {own.numel()} values NaN or infinite as {own.dtype}" if bad else None
+    )
+
+
+def _first(faults: list[str]) -> str:
+    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if faults[3:] else "")

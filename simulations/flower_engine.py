@@ -1,5 +1,6 @@
 """Flower's own simulation runtime (Ray), started for one run and ended with it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import tomli_w
 
 from fleet.config import Value
@@ -64,6 +65,7 @@ def run_flower(
                 cwd=root,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to pass on, to all of its children
             )
             try:
                 while run.poll() is None:
@@ -89,7 +91,7 @@ def _stage(app: Path) -> Path:
     return app
 
 
-@contextmanager
+@contextlib.contextmanager
 def _superlink(root: Path, environment: Mapping[str, str]) -> Iterator[None]:
     """A SuperLink in simulation mode on loopback, reachable under the name `fleet`."""
     api = _free_port()
@@ -106,6 +108,7 @@ def _superlink(root: Path, environment: Mapping[str, str]) -> Iterator[None]:
         cwd=root,
         stdout=(root / "superlink.log").open("w"),
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         _wait_until_up(process, api, root / "superlink.log")
@@ -137,14 +140,19 @@ def _free_port() -> int:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ask a process to stop, and make it if it does not."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    """Ask a process and all that it started to stop, and make those that do not."""
+    if process.poll() is not None:
+        return
+    parent = psutil.Process(process.pid)
+    family = [*parent.children(recursive=True), parent]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def _reason(log: Path) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clients.local_data import local_data
-from fleet.config import RunConfig, Value, default_settings, read_config
+from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
+from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
-from fleet.report import write_page
 
 ENGINES = ("local", "flower")
 
@@ -40,20 +40,45 @@ def simulate(
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
     config = read_config(default_settings() | dict(settings or {}))
+    _check_fleet(config)
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
+    config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
     watch = _RoundWatch(record, on_round)
     if engine == "local":
-        _run_local(final, lambda answered, asked: (watch.poll(), on_reply(answered, asked)))
+
+        def follow(answered: int, asked: int) -> None:
+            watch.poll()
+            on_reply(answered, asked)
+
+        _run_local(final, follow)
     else:
         from simulations.flower_engine import run_flower
 
         run_flower(final, config.federation.clients, on_poll=watch.poll)
     watch.poll()
-    write_page(record)
     return record
+
+
+def _check_fleet(config: RunConfig) -> None:
+    """What is only wrong where the number of clients is known."""
+    federation = config.federation
+    for key, value in (
+        ("min-clients", federation.min_clients),
+        ("sampled", federation.sampled),
+    ):
+        if value > federation.clients:
+            raise ConfigError(
+                f"{key} is {value}, and the fleet has {federation.clients} clients; "
+                f"lower it, or raise clients"
+            )
+    if federation.evaluation == "clients" and config.data.validation_fraction == 0:
+        raise ConfigError(
+            "evaluation is left to the clients, and validation-fraction is 0; raise it, "
+            "or let the server evaluate"
+        )
 
 
 def _run_local(settings: Mapping[str, Value], on_reply: Callable[[int, int], None]) -> None:
@@ -63,15 +88,26 @@ def _run_local(settings: Mapping[str, Value], on_reply: Callable[[int, int], Non
     from simulations.local_engine import run_local
     from strategies.server_app import app as server_app
 
-    # The records say what Flower's log says, and more.
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    run_local(server_app, client_app, settings, int(settings["clients"]), on_reply)
+    flower_log = logging.getLogger("flwr")
+    level = flower_log.level
+    flower_log.setLevel(logging.CRITICAL)  # the records say what it says, and more
+    try:
+        run_local(server_app, client_app, settings, int(settings["clients"]), on_reply)
+    finally:
+        flower_log.setLevel(level)
 
 
 def _absolute_paths(config: RunConfig) -> dict[str, str]:
-    """Data and weights that are paths, made independent of the working directory."""
-    paths = {"data": config.data.source, "weights": config.model.weights}
-    return {key: str(Path(p).resolve()) for key, p in paths.items() if Path(p).exists()}
+    """Data and weights that are paths, made independent of the working directory.
+
+    A folder that is named as a built-in is does not take its place.
+    """
+    paths = {}
+    if config.data.source not in BUILT_IN:
+        paths["data"] = Path(config.data.source).expanduser()
+    if config.model.weights not in WEIGHTS:
+        paths["weights"] = Path(config.model.weights).expanduser()
+    return {key: str(path.resolve()) for key, path in paths.items() if path.exists()}
 
 
 class _RoundWatch:

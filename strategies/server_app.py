@@ -1,20 +1,24 @@
 """The ServerApp: reads the configuration and wires the parts."""
 
 import json
+import math
+from collections import Counter
+from collections.abc import Sequence
 from logging import ERROR, INFO
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from safetensors.torch import save_file
+from torch import Tensor
 
 from fleet.backbones import Backbone, load_backbone
 from fleet.config import RunConfig, read_config
 from fleet.data import ImageData, load_data
-from fleet.errors import FleetError
+from fleet.errors import FleetError, UpdateError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.plan import make_plan
-from fleet.records import RunRecord, summarise
+from fleet.records import RoundReport, RunRecord, summarise
+from fleet.report import write_page
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
 from strategies.fleet_strategy import FleetStrategy
@@ -48,22 +52,32 @@ def run(grid: Grid, config: RunConfig) -> None:
     )
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
-    if test is None:
-        roster.online(federation.min_clients)
+    online = roster.online(federation.min_clients)
     classes = test.classes if test else roster.classes()
-    backbone = _backbone(config, len(classes))
+    backbone = _backbone(config, classes)
     plan = make_plan(
         backbone,
         method=config.plan.method,
         blocks=max(config.plan.choices),
         train_tail=config.plan.train_tail,
     )
-    record = RunRecord.create(config.run_dir, config.as_settings())
+    record = RunRecord.create(config.run_dir, config.as_settings() | {"clients": len(online)})
     log(INFO, "records go to %s", record.path)
 
     def evaluate_state(state: TrainableState) -> Evaluation:
         load(backbone.model, state)
         return evaluate(backbone.model, test, backbone.preprocessing)
+
+    def end_round(report: RoundReport) -> None:
+        if report.loss is not None and not math.isfinite(report.loss):
+            raise UpdateError(
+                f"the global model's loss is {report.loss} after round {report.server_round} with "
+                f"server-learning-rate {federation.server_learning_rate}; lower it or learning-rate"
+            )
+        # In this order: a round that is on record has its model.
+        load(backbone.model, strategy.state)
+        record.save_model(_tensors(backbone), _facts(backbone, classes))
+        record.add_round(report)
 
     strategy = FleetStrategy(
         capture(backbone.model, plan),
@@ -73,15 +87,28 @@ def run(grid: Grid, config: RunConfig) -> None:
         config.seed,
         optimizer,
         evaluate=evaluate_state if test else None,
-        on_round=record.add_round,
+        on_round=end_round,
     )
-    load(backbone.model, strategy.run(grid))
-    _save_model(record, backbone, classes)
+    strategy.run(grid)
+    _check_trained(strategy.reports)
     record.write_summary(
         summarise(strategy.reports)
         | {"strategy": federation.strategy, "seed": config.seed, "plan_digest": plan.digest}
     )
+    write_page(record)
     log(INFO, "model saved to %s", record.model_path)
+
+
+def _check_trained(reports: Sequence[RoundReport]) -> None:
+    """A run in which nobody trained has not succeeded, whatever it wrote."""
+    if any(report.clients for report in reports):
+        return
+    reasons = Counter(reason for report in reports for reason in report.refused.values())
+    (reason, count), *_ = reasons.most_common(1) or [("nobody was asked", 0)]
+    raise UpdateError(
+        f"no client's update was admitted in any of {len(reports) - 1} rounds; "
+        f"{count} times the reason was: {reason.strip().splitlines()[-1]}"
+    )
 
 
 def _held_out(config: RunConfig) -> ImageData:
@@ -95,11 +122,12 @@ def _held_out(config: RunConfig) -> ImageData:
     )
 
 
-def _backbone(config: RunConfig, num_classes: int) -> Backbone:
+def _backbone(config: RunConfig, classes: tuple[str, ...]) -> Backbone:
     model = config.model
     backbone = load_backbone(
         model.backbone,
-        num_classes=num_classes,
+        num_classes=len(classes),
+        classes=classes,
         image_size=model.image_size,
         weights=model.weights,
         seed=config.seed,
@@ -108,12 +136,15 @@ def _backbone(config: RunConfig, num_classes: int) -> Backbone:
     return backbone
 
 
-def _save_model(record: RunRecord, backbone: Backbone, classes: tuple[str, ...]) -> None:
-    """The whole model under its original names, with what is needed to use it again."""
-    tensors = {name: t.cpu().contiguous() for name, t in backbone.model.state_dict().items()}
-    facts = {
+def _tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The whole model under its original names."""
+    return {name: t.cpu().contiguous() for name, t in backbone.model.state_dict().items()}
+
+
+def _facts(backbone: Backbone, classes: tuple[str, ...]) -> dict[str, str]:
+    """What is needed to use the model again."""
+    return {
         "backbone": backbone.name,
         "image_size": str(backbone.preprocessing.image_size),
         "classes": json.dumps(classes),
     }
-    save_file(tensors, record.model_path, metadata=facts)

@@ -1,11 +1,16 @@
+import io
 import json
 import tomllib
 
 import pytest
+import torch
 from click.testing import CliRunner
+from rich.console import Console
+from safetensors.torch import load_file
 
-from fleet.cli import main
+from fleet.cli import main, show_progress
 from fleet.config import default_settings
+from fleet.records import RoundReport, RunRecord
 
 SMALL = (
     *("--clients", "2", "--rounds", "1", "--train-examples", "60", "--test-examples", "30"),
@@ -44,9 +49,81 @@ def test_report_prints_the_table_and_the_paths(run_dir):
     assert str(run_dir / "model.safetensors") in text.replace("\n", "")
 
 
-def test_report_in_json_is_the_summary(run_dir):
+def test_report_in_json_is_the_summary_and_the_rounds(run_dir):
     result = invoke("report", str(run_dir), "--format", "json")
-    assert json.loads(result.output) == json.loads((run_dir / "summary.json").read_text())
+    lines = (run_dir / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(result.stdout) == json.loads((run_dir / "summary.json").read_text()) | {
+        "ended": True,
+        "per_round": [json.loads(line) for line in lines],
+    }
+
+
+def test_report_in_json_of_a_run_under_way_has_the_totals_so_far(tmp_path):
+    record = RunRecord.create(str(tmp_path / "run"), {})
+    record.add_round(RoundReport(server_round=0, accuracy=0.1, loss=float("nan")))
+    record.add_round(RoundReport(server_round=1, accuracy=0.5, loss=float("inf"), bytes_up=3))
+    result = invoke("report", str(record.path), "--format", "json")
+    assert not {"NaN", "Infinity"} & set(result.stdout.split())
+    values = json.loads(result.stdout)
+    assert [one["accuracy"] for one in values.pop("per_round")] == [0.1, 0.5]
+    assert values == {
+        "accuracy": 0.5,
+        "loss": None,
+        "rounds": 1,
+        "bytes_up": 3,
+        "bytes_down": 0,
+        "peak_client_bytes": 0,
+        "seconds": 0.0,
+        "refused": 0,
+        "ended": False,
+    }
+
+
+def test_report_in_json_of_a_run_before_its_first_round(tmp_path):
+    record = RunRecord.create(str(tmp_path / "run"), {})
+    result = invoke("report", str(record.path), "--format", "json")
+    assert json.loads(result.stdout) == {"ended": False, "rounds": 0, "per_round": []}
+
+
+def test_report_of_a_folder_that_cannot_be_written_still_prints(tmp_path):
+    record = RunRecord.create(str(tmp_path / "run"), {})
+    record.add_round(RoundReport(server_round=0, accuracy=0.123, loss=1.0))
+    record.page_path.mkdir()  # permissions would not stop root
+    result = invoke("report", str(record.path))
+    assert result.exit_code == 0
+    assert "12.3" in result.stdout
+    assert f"Warning: cannot write page {record.page_path}: Is a directory" in result.stderr
+    values = json.loads(invoke("report", str(record.path), "--format", "json").stdout)
+    assert len(values["per_round"]) == 1
+
+
+def test_against_draws_another_run_into_page_and_picture(run_dir, tmp_path):
+    other = RunRecord.create(str(tmp_path / "other-run"), {})
+    other.add_round(RoundReport(server_round=0, accuracy=0.1, loss=1.0))
+    picture = tmp_path / "picture.svg"
+    options = ("--against", str(other.path), "--picture", str(picture))
+    result = invoke("report", str(run_dir), *options)
+    assert result.exit_code == 0, result.output
+    page = (run_dir / "report.html").read_text()
+    assert picture.read_text().startswith("<svg")
+    for text in (page, picture.read_text()):
+        assert "<!-- run -->" in text and "<!-- other-run -->" in text
+    assert not other.page_path.exists()
+    invoke("report", str(run_dir))
+    assert "other-run" not in (run_dir / "report.html").read_text()
+
+
+def test_against_refuses_a_folder_without_a_run(run_dir, tmp_path):
+    result = invoke("report", str(run_dir), "--against", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"{tmp_path} holds no run: there is no config.toml in it" in result.output
+
+
+def test_a_picture_that_cannot_be_written_is_refused_without_a_traceback(run_dir, tmp_path):
+    result = invoke("report", str(run_dir), "--picture", str(tmp_path))
+    assert result.exit_code == 1
+    text = f"cannot write picture {tmp_path}: Is a directory; name another file with --picture"
+    assert text in result.output
 
 
 def test_simulate_in_json_prints_nothing_else_on_standard_output(tmp_path):
@@ -82,17 +159,86 @@ def test_a_recipe_is_read_and_options_go_before_it(tmp_path):
         ("ruonds = 3", "unknown setting ruonds; known: backbone"),
         ("rounds = 'three'", "rounds must be int, got 'three'"),
         ("rounds =", "is not TOML"),
+        (b"data = '\xff'", "is not TOML: 'utf-8' codec can't decode byte 0xff"),
+        ("settings = 3", "unknown setting settings; known: backbone"),
+        (
+            "rounds = 3\n[settings]\nseed = 1",
+            "has rounds beside [settings]; move it into [settings], or remove the header",
+        ),
         (None, "cannot read recipe"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_without_a_traceback(tmp_path, content, text):
     recipe = tmp_path / "recipe.toml"
     if content is not None:
-        recipe.write_text(content)
+        recipe.write_bytes(content if isinstance(content, bytes) else content.encode())
     result = invoke("simulate", str(recipe))
     assert result.exit_code == 1
     assert text in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_run_is_repeated_from_its_own_config(run_dir, tmp_path):
+    again = tmp_path / "again"
+    result = invoke("simulate", str(run_dir / "config.toml"), "--run-dir", str(again))
+    assert result.exit_code == 0, result.output
+    first, second = (
+        tomllib.loads((folder / "config.toml").read_text())["settings"]
+        for folder in (run_dir, again)
+    )
+    assert second == first | {"run-dir": str(again)}
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run_dir, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """`simulate` with a Ctrl-C in it, before or after the run has a folder."""
+
+    def run(folder, create):
+        def simulate(settings, *arguments):
+            if create:
+                RunRecord.create(settings["run-dir"], {})
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("simulations.launch.simulate", simulate)
+        result = invoke("simulate", *(("--run-dir", str(folder)) if folder else ()))
+        assert result.exit_code == 130
+        assert "Traceback" not in result.output
+        assert result.stdout == ""
+        return result.stderr
+
+    return run
+
+
+def test_ctrl_c_says_where_the_run_is(interrupted, tmp_path):
+    folder = tmp_path / "run"
+    assert interrupted(folder, create=True) == f"stopped; what is done is in {folder}\n"
+
+
+def test_ctrl_c_knows_a_folder_that_was_named_by_the_clock(interrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = interrupted(None, create=True)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert text == f"stopped; what is done is in {folder}\n"
+
+
+def test_ctrl_c_before_anything_is_written_says_so(interrupted, tmp_path):
+    folder = tmp_path / "run"
+    assert interrupted(folder, create=False) == f"stopped; nothing was written to {folder} yet\n"
+
+
+def test_progress_on_a_terminal_prints_a_line_a_round(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr("fleet.cli.Console", lambda **_: console)
+    with show_progress(2) as (on_round, on_reply):
+        on_reply(0, 3)
+        on_reply(3, 3)
+        on_round(RoundReport(server_round=1, accuracy=0.5, loss=1.25))
+        on_round(RoundReport(server_round=2, accuracy=None, loss=None))
+    text = console.file.getvalue()
+    assert "round 1/2: accuracy 50.0 %, loss 1.250, up" in text
+    assert "round 2/2: accuracy – %, loss –, up" in text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

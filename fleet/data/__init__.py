@@ -3,10 +3,11 @@
 from fleet.data.batches import ImageBatches, to_tensor
 from fleet.data.images import ImageData
 from fleet.data.partitions import partition
-from fleet.data.sources import load_data
+from fleet.data.sources import BUILT_IN, load_data
 from fleet.data.splits import split_validation
 
 __all__ = [
+    "BUILT_IN",
     "ImageBatches",
     "ImageData",
     "load_data",

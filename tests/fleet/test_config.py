@@ -87,8 +87,13 @@ def test_a_value_of_another_type_is_refused(key, value, text):
         ("method", "lora", "unknown method lora; known: mobiletl, head, shifts, blocks, full"),
         ("local-epochs", 0, "local-epochs must be at least 1, got 0"),
         ("batch-size", 0, "batch-size must be at least 1, got 0"),
-        ("weight-decay", -0.1, "weight-decay must be at least 0, got -0.1"),
-        ("weight-decay", float("nan"), "weight-decay must be at least 0, got nan"),
+        ("weight-decay", -0.1, "weight-decay must be at least 0 and finite, got -0.1"),
+        ("weight-decay", float("nan"), "weight-decay must be at least 0 and finite, got nan"),
+        (
+            "stash",
+            "float16",
+            "unknown stash float16; known: recompute, int8, bfloat16, float32, published",
+        ),
         ("device", "tpu", "unknown device tpu; known: auto, cpu, cuda, mps"),
         ("learning-rate", 0.0, "learning-rate must be above 0 and finite, got 0.0"),
         ("learning-rate", float("nan"), "learning-rate must be above 0 and finite, got nan"),
@@ -99,10 +104,14 @@ def test_a_value_of_another_type_is_refused(key, value, text):
         ("rounds", 0, "rounds must be at least 1, got 0"),
         ("min-clients", 0, "min-clients must be at least 1, got 0"),
         ("sampled", -1, "sampled must be at least 0, got -1"),
-        ("server-learning-rate", -1.0, "server-learning-rate must be at least 0, got -1.0"),
+        (
+            "server-learning-rate",
+            -1.0,
+            "server-learning-rate must be at least 0 and finite, got -1.0",
+        ),
         ("evaluation", "nobody", "unknown evaluation nobody; known: server, clients"),
         ("round-timeout", 0.0, "round-timeout must be above 0 seconds, got 0.0"),
-        ("seed", -1, "seed must be at least 0, got -1"),
+        ("seed", -1, r"seed must lie in \[0, 2\^63\), got -1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(key, value, text):

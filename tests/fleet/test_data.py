@@ -619,6 +619,38 @@ def test_unreadable_images_are_skipped_when_asked_with_a_warning(tmp_path):
     assert all(d.read(i).mode == "RGB" for d in (train, test) for i in range(len(d)))
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("missing", [20, 4000])
+@pytest.mark.parametrize("form", ["BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG", "PNG"])
+def test_images_cut_short_are_found_in_every_format(form, missing, tmp_path):
+    image_folder(tmp_path)
+    buffer = io.BytesIO()
+    photo(0, (64, 64)).save(buffer, form)
+    # Pillow tells a format by its contents, whatever the name
+    (tmp_path / "cat/00.bmp").write_bytes(buffer.getvalue())
+    load_data(str(tmp_path), "train")
+    (tmp_path / "cat/00.bmp").write_bytes(buffer.getvalue()[:-missing])
+    with pytest.raises(
+        ConfigError, match=r"1 unreadable image in .*: cat/00\.bmp \(.+\); repair or"
+    ):
+        load_data(str(tmp_path), "train")
+
+
+def test_skipped_images_are_told_in_one_line_a_process(tmp_path):
+    break_images(image_folder(tmp_path))
+    program = f"""
+from fleet.data import load_data
+for split in ("train", "test"):
+    load_data({str(tmp_path)!r}, split, skip_unreadable=True)
+load_data({str(tmp_path)!r}, "train", skip_unreadable=True)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"fleet.data:1: UserWarning: skipped 4 unreadable images in {tmp_path}")
+
+
 def test_an_image_that_breaks_later_is_named(tmp_path):
     data = load_data(str(image_folder(tmp_path)), "train")
     for file in (tmp_path / "cat").iterdir():

@@ -1,11 +1,20 @@
 import html.parser
 import io
+import re
 
 import pytest
 from rich.console import Console
 
+from fleet.errors import ConfigError
 from fleet.records import ClientReport, RoundReport, RunRecord
-from fleet.report import accuracy_picture, refusals, round_line, rounds_table, write_page
+from fleet.report import (
+    accuracy_picture,
+    refusals,
+    round_line,
+    rounds_table,
+    run_values,
+    write_page,
+)
 
 MIB = 2**20
 
@@ -82,3 +91,27 @@ def test_the_picture_names_every_run(record, tmp_path):
     for report in rounds():
         other.add_round(report)
     assert accuracy_picture([record, other]).count('<g id="axes_') == 2
+
+
+def test_a_page_that_cannot_be_written_is_an_error_with_the_way_out(record):
+    record.page_path.mkdir()
+    text = (
+        f"cannot write page {record.page_path}: Is a directory; make it writable, then run: fleet"
+    )
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        write_page(record)
+
+
+def test_the_values_of_a_run_under_way_are_the_totals_so_far(record):
+    values = run_values(record)
+    assert (values["ended"], values["rounds"], values["refused"]) == (False, 2, 1)
+    assert values["bytes_up"] == 3 * MIB
+    assert [one["server_round"] for one in values["per_round"]] == [0, 1, 2]
+    assert values["per_round"][1]["clients"][0]["name"] == "pi-01"
+
+
+def test_the_values_of_a_run_that_has_ended_are_its_summary_and_its_rounds(record):
+    record.write_summary({"accuracy": 0.5, "strategy": "fedavg"})
+    values = run_values(record)
+    assert len(values.pop("per_round")) == 3
+    assert values == {"accuracy": 0.5, "strategy": "fedavg", "ended": True}

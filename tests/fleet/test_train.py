@@ -16,7 +16,13 @@ from fleet.plan import make_plan
 from fleet.train import pick_device, train_locally
 
 CONFIG = dict(
-    epochs=1, batch_size=8, learning_rate=0.05, momentum=0.9, weight_decay=0.0, device="cpu"
+    epochs=1,
+    batch_size=8,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=0.0,
+    stash="recompute",
+    device="cpu",
 )
 
 
@@ -124,7 +130,7 @@ def test_training_follows_an_evaluation(make_model, digits):
 def test_mobiletl_peaks_below_stock_autograd(make_model, digits):
     peaks = {}
     for method in ("mobiletl", "blocks", "full"):
-        model, preprocessing = make_model(method, "mobilenet_v2", image_size=64)
+        model, preprocessing = make_model(method, "mobilenet_v2", image_size=128)
         data = digits.subset(range(8))
         peaks[method] = train_locally(model, data, preprocessing, config(), seed=0).peak_bytes
     assert peaks["mobiletl"] < peaks["blocks"] < peaks["full"]

@@ -77,7 +77,7 @@ def test_counters_of_batches_may_be_absent(tmp_path, tensors):
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path, tensors):
     weight = tensors.pop(CONV)
-    with pytest.raises(ConfigError, match=rf"do not fit MobileNetV3: {CONV} is missing$"):
+    with pytest.raises(ConfigError, match=rf"do not fit MobileNetV3: {CONV} is missing; save the"):
         load_into(models.get_model(NAME, num_classes=5), tensors, "file")
     tensors[CONV] = weight[:, :2]
     with pytest.raises(ConfigError, match=rf"{CONV} has shape \(16, 2, 3, 3\), the model's is"):
@@ -92,6 +92,100 @@ def test_many_faults_are_counted(tensors):
     few = dict(list(tensors.items())[:-10])
     with pytest.raises(ConfigError, match=r"is missing; .* is missing; .* is missing; and \d more"):
         load_into(models.get_model(NAME, num_classes=5), few, "file")
+
+
+def test_misfit_tells_the_way_out(tensors):
+    del tensors[CONV]
+    with pytest.raises(
+        ConfigError,
+        match=r"; save the state_dict of the same architecture, or name the backbone it is of$",
+    ):
+        load_into(models.get_model(NAME, num_classes=5), tensors, "file")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor", "ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda t: t.to_sparse(), "sparse"),
+        (lambda t: t.flatten(1).to_sparse_csr(), "sparse"),
+        (lambda t: t.to("meta"), "meta"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(tmp_path, tensors, change, kind):
+    tensors[CONV] = change(tensors[CONV])
+    save_pth(tensors, tmp_path / "weights.pth")
+    with pytest.raises(
+        ConfigError,
+        match=rf"weights\.pth has {CONV} as a {kind} tensor, expected a dense one; save the",
+    ):
+        load(tmp_path / "weights.pth")
+
+
+def test_keys_that_are_no_names_are_refused(tmp_path, tensors):
+    save_pth({**tensors, 7: tensors[CONV]}, tmp_path / "weights.pth")
+    with pytest.raises(
+        ConfigError,
+        match=r"has the key 7 of type int, a state_dict has names \(str\); save model\.state_dict",
+    ):
+        load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_integers_and_complex_numbers_are_refused(tmp_path, tensors, dtype):
+    tensors[CONV] = tensors[CONV].to(dtype)
+    save_pth(tensors, tmp_path / "weights.pth")
+    with pytest.raises(
+        ConfigError,
+        match=rf"{CONV} has dtype {dtype}, the model's is torch.float32; save the state_dict of",
+    ):
+        load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_converted(tmp_path, tensors, dtype):
+    tensors[CONV] = tensors[CONV].to(dtype)
+    save_file(tensors, tmp_path / "weights.safetensors")
+    loaded = load(tmp_path / "weights.safetensors").model.state_dict()[CONV]
+    assert torch.equal(loaded, tensors[CONV].float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e200])
+def test_values_that_are_not_finite_are_named(tmp_path, tensors, value):
+    tensors[CONV] = tensors[CONV].double()
+    tensors[CONV][0, 0, 0, :2] = value
+    save_file(tensors, tmp_path / "weights.safetensors")
+    with pytest.raises(
+        ConfigError,
+        match=rf"weights\.safetensors are damaged: {CONV} has 2 of 432 values NaN or infinite "
+        r"as torch\.float32; copy the file again",
+    ):
+        load(tmp_path / "weights.safetensors")
+
+
+def test_head_without_classes_is_refused(tmp_path, tensors):
+    tensors["classifier.3.weight"] = torch.zeros(0, 1024)
+    tensors["classifier.3.bias"] = torch.zeros(0)
+    save_pth(tensors, tmp_path / "weights.pth")
+    with pytest.raises(
+        ConfigError,
+        match=r"classifier\.3\.weight has shape \(0, 1024\), the model's is \(1000, 1024\);.*; s",
+    ):
+        load(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(("save", "file"), WRITERS)
+def test_prefix_of_a_parallel_model_is_taken_off(tmp_path, tensors, save, file):
+    save({f"module.{name}": tensor for name, tensor in tensors.items()}, tmp_path / file)
+    loaded = load(tmp_path / file).model.state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_prefix_of_some_tensors_is_not_taken_off(tmp_path, tensors):
+    tensors[f"module.{CONV}"] = tensors.pop(CONV)
+    save_pth(tensors, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=rf"{CONV} is missing; module\.{CONV} is unknown; save"):
+        load(tmp_path / "weights.pth")
 
 
 def test_weights_that_do_not_fit_change_nothing(tensors):

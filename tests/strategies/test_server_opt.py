@@ -7,6 +7,7 @@ import pytest
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 from numpy.testing import assert_allclose, assert_array_equal
 
+from fleet.config import STRATEGIES
 from fleet.errors import ConfigError, UpdateError
 from strategies.aggregation import weighted_mean
 from strategies.server_opt import (
@@ -285,3 +286,7 @@ def test_a_delta_that_does_not_fit_is_refused(toy_plan, optimizer):
     text = r"delta of blocks.0.conv.weight has shape \(3,\), the param \(4, 3\)"
     with pytest.raises(UpdateError, match=text):
         optimizer.update({"blocks.0.conv.weight": np.zeros(3)}, state, params)
+
+
+def test_the_run_configuration_names_every_server_optimiser():
+    assert set(STRATEGIES) == set(SERVER_OPTIMIZERS)

@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 from fleet.measure import saved_for_backward
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.blocks import block_forward
-from fleet.plan import make_plan
+from fleet.plan import STASHES, make_plan
 from fleet.structure import trace
 
 BACKBONES = [
@@ -29,6 +29,7 @@ BACKBONES = [
     "timm:mobilenetv3_large_100",
     "timm:fbnetc_100",
     "timm:mobilenetv4_conv_small",
+    "timm:lcnet_100",
 ]
 
 
@@ -85,8 +86,8 @@ def backward(model, x):
     return loss.detach()
 
 
-def check_same_step(backbone, plan, model, x):
-    ours = TransferModel(backbone, plan)
+def check_same_step(backbone, plan, model, x, stash="published"):
+    ours = TransferModel(backbone, plan, stash)
     assert_close(backward(ours, x), backward(model, x))
     theirs = dict(model.named_parameters())
     for name, parameter in backbone.model.named_parameters():
@@ -134,6 +135,16 @@ def test_step_of_every_block_is_autograds_on_the_original(exact_backbone, images
     backbone, x = exact_backbone("efficientnet_lite0"), images(4).double()
     plan = make_plan(backbone, method="mobiletl", blocks=16)
     check_same_step(backbone, plan, reference(backbone, k=16), x)
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_blocks_that_end_in_an_activation_train_as_published_whatever_the_stash(
+    exact_backbone, images, stash
+):
+    backbone, x = exact_backbone("timm:lcnet_100"), images(4).double()
+    plan = make_plan(backbone, method="mobiletl", blocks=2)
+    model = reference(backbone, k=2)
+    check_same_step(backbone, plan, model, x, stash)
 
 
 @pytest.mark.parametrize(

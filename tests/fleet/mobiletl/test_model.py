@@ -146,12 +146,12 @@ def test_tail_alone_is_the_first_step_of_no_blocks(random_backbone):
 
 @pytest.fixture(scope="module")
 def kept_bytes():
-    """Method → bytes kept at k = 5 of EfficientNet-Lite0, batch 4 at 64 pixels."""
+    """Method, as published → bytes kept at k = 5 of EfficientNet-Lite0, batch 4 at 64 pixels."""
     backbone = load_backbone("efficientnet_lite0", num_classes=10, image_size=64, weights="none")
     x = torch.randn(4, 3, 64, 64)
     kept = {}
     for method in METHODS:
-        model = TransferModel(backbone, make_plan(backbone, method=method, blocks=5))
+        model = TransferModel(backbone, make_plan(backbone, method=method, blocks=5), "published")
         with saved_for_backward([*model.model.parameters(), *model.model.buffers(), x]) as saved:
             model(x)
         kept[method] = saved.total

@@ -1,0 +1,286 @@
+import errno
+import json
+import math
+import re
+import time
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file
+
+from fleet.errors import ConfigError
+from fleet.records import ClientReport, RoundReport, RunRecord, to_json
+
+FILES = ("config.toml", "rounds.jsonl", "summary.json", "model.safetensors", "report.html")
+
+
+def client(**changes):
+    values = {"name": "pi-01", "blocks": 3, "num_examples": 5, "loss": 0.5, "peak_bytes": 7}
+    return ClientReport(**values | {"seconds": 1.0} | changes)
+
+
+def report(server_round=1, **changes):
+    return RoundReport(**{"server_round": server_round, "accuracy": 0.5, "loss": 1.0} | changes)
+
+
+def strict(text):
+    """Parse JSON as RFC 8259 has it, without Python's NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def full_disk(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def record(tmp_path):
+    return RunRecord.create(str(tmp_path / "run"), {})
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("make", [RunRecord.reserve, lambda run_dir: RunRecord.create(run_dir, {})])
+def test_a_folder_with_any_file_of_a_run_is_refused_and_left_alone(tmp_path, name, make):
+    (tmp_path / name).write_text("theirs")
+    text = f"run directory {tmp_path} holds a run already; name another with run-dir, or remove it"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        make(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "theirs"
+
+
+def test_a_folder_with_other_files_is_taken(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert RunRecord.create(str(tmp_path), {}).config_path.is_file()
+
+
+def test_of_two_runs_that_reserved_one_folder_one_is_refused(tmp_path, monkeypatch):
+    first = RunRecord.create(str(tmp_path / "run"), {"seed": 1})
+    content = first.config_path.read_bytes()
+    # The second looked before the first wrote.
+    monkeypatch.setattr(RunRecord, "reserve", lambda run_dir: RunRecord(first.path))
+    with pytest.raises(ConfigError, match="holds a run already; name another with run-dir"):
+        RunRecord.create(str(first.path), {"seed": 2})
+    assert first.config_path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x" * 300, "File name too long"),
+        ("a-file", "Not a directory"),
+        ("null\0byte", "null byte"),
+    ],
+)
+@pytest.mark.parametrize("make", [RunRecord.reserve, lambda run_dir: RunRecord.create(run_dir, {})])
+def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path, name, text, make):
+    (tmp_path / "a-file").touch()
+    with pytest.raises(ConfigError, match=f"cannot write run directory .*{text}") as caught:
+        make(str(tmp_path / name))
+    assert str(caught.value).endswith("; name another with run-dir")
+
+
+def test_a_long_name_in_a_folder_that_is_not_there_yet_is_refused_on_creation(tmp_path):
+    with pytest.raises(ConfigError, match="File name too long; name another with run-dir"):
+        RunRecord.create(str(tmp_path / "runs" / ("x" * 300)), {})
+
+
+def test_a_run_without_a_name_is_called_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = RunRecord.reserve("").path
+    assert path.parent == tmp_path / "runs"
+    assert path.name.startswith(time.strftime("%Y"))
+    assert not path.parent.exists()
+
+
+# Rounds
+
+
+def test_rounds_come_back_as_they_went(record):
+    written = [
+        report(0, accuracy=None, loss=None),
+        report(1, clients=(client(metrics={"celsius": 51.5}),), refused={"pi-02": "a\nb"}),
+        report(2, coverage={"head.weight": 2}, bytes_up=3, seconds=0.25),
+    ]
+    for one in written:
+        record.add_round(one)
+    assert list(record.rounds()) == written
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_in_every_file(record, value):
+    loss = client(loss=value, metrics={"celsius": value})
+    record.add_round(report(loss=value, train_loss=value, clients=(loss,)))
+    record.write_summary({"loss": value, "rounds": 1})
+    line = strict(record.rounds_path.read_text())
+    assert (line["loss"], line["train_loss"], line["accuracy"]) == (None, None, 0.5)
+    assert line["clients"][0]["loss"] is None
+    assert line["clients"][0]["metrics"] == {"celsius": None}
+    assert strict(record.summary_path.read_text()) == {"loss": None, "rounds": 1}
+    assert next(record.rounds()).loss is None
+
+
+def test_json_of_finite_values_is_that_of_the_standard_library():
+    value = {"a": [1, 2.5, None, True, "ü"], "b": {"c": (1e300, -0.0)}}
+    assert to_json(value, indent=2) == json.dumps(value, indent=2)
+
+
+def test_a_line_that_is_still_being_written_is_left_out(record):
+    record.add_round(report(1))
+    with record.rounds_path.open("a") as file:
+        file.write('{"server_round": 2, "accu')
+    assert [one.server_round for one in record.rounds()] == [1]
+
+
+def damaged(**changes):
+    """A round's line with keys changed; `...` removes one."""
+    values = {**vars(report(2)), "clients": []} | changes
+    return json.dumps({key: value for key, value in values.items() if value is not ...}).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b"", "Expecting value"),
+        (b'{"server_round": 2, "accu', "Unterminated string"),
+        (b"\xff\xfe\xfd", "codec can't decode"),
+        (b"\0\0\0\0", "Expecting value|codec can't decode"),
+        (b"[1, 2]", r"expected a JSON object, got \[1, 2\]"),
+        (damaged(colour="red"), "unknown colour; known: server_round, accuracy, loss"),
+        (damaged(server_round=...), "missing server_round; known: server_round, accuracy"),
+        (damaged(clients=...), "missing clients; known: server_round"),
+        (damaged(clients=3), "clients must be a list, got 3"),
+        (damaged(clients=["pi"]), "expected an object with name, blocks, .* got 'pi'"),
+        (damaged(clients=[{"name": "pi"}]), "missing blocks, num_examples, .*; known: name"),
+    ],
+)
+def test_a_garbled_line_is_named_by_file_and_number(record, line, text):
+    record.add_round(report(1))
+    with record.rounds_path.open("ab") as file:
+        file.write(line + b"\n")
+    record.add_round(report(3))
+    where = re.escape(f"{record.rounds_path}, line 2, is not a round: ")
+    with pytest.raises(ConfigError, match=f"{where}.*({text})") as caught:
+        list(record.rounds())
+    assert str(caught.value).endswith("; remove the line, or repeat the run")
+
+
+def test_a_folder_without_a_run_has_no_rounds_to_give(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run: there is no config\.toml in it"):
+        list(RunRecord(tmp_path).rounds())
+
+
+def test_rounds_that_cannot_be_read_are_named(record, monkeypatch):
+    record.add_round(report())
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    text = f"cannot read {record.rounds_path}: Permission denied; make it readable"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        list(record.rounds())
+
+
+# Summary
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"accuracy": 0.5, "lo', "Unterminated string"),
+        (b"", "Expecting value"),
+        (b"\xff\xfe\xfd", "codec can't decode"),
+        (b"3", "expected a JSON object, got 3"),
+    ],
+)
+def test_a_damaged_summary_is_named(record, content, text):
+    record.summary_path.write_bytes(content)
+    where = re.escape(f"{record.summary_path} is not a summary: ")
+    with pytest.raises(ConfigError, match=f"{where}.*{text}.*repeat the run"):
+        record.summary()
+
+
+def test_a_run_that_has_not_ended_has_no_summary(record):
+    record.add_round(report())
+    with pytest.raises(ConfigError, match="has no summary yet: it wrote 1 rounds"):
+        record.summary()
+
+
+# A full disk
+
+
+def write_round(record):
+    record.add_round(report())
+
+
+def write_summary(record):
+    record.write_summary({"rounds": 2})
+
+
+def save_model(record):
+    record.save_model({"w": torch.ones(2)}, {})
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_round, "rounds.jsonl"),
+        (write_summary, "summary.json"),
+        (save_model, "model.safetensors"),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_file(record, monkeypatch, write, name):
+    monkeypatch.setattr("os.fsync", full_disk)
+    text = f"cannot write {record.path / name}: No space left on device; free space"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        write(record)
+
+
+@pytest.mark.parametrize("write", [write_round, write_summary, save_model])
+def test_a_folder_that_is_gone_is_an_error_that_names_the_file(record, write):
+    record.config_path.unlink()
+    record.path.rmdir()
+    with pytest.raises(ConfigError, match=f"cannot write {re.escape(str(record.path))}/.*; free"):
+        write(record)
+
+
+@pytest.mark.parametrize("write", [write_summary, save_model])
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(record, monkeypatch, write, step):
+    record.write_summary({"rounds": 1})
+    record.save_model({"w": torch.zeros(2)}, {"backbone": "old"})
+    before = {path.name: path.read_bytes() for path in record.path.iterdir()}
+    monkeypatch.setattr(step, full_disk)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        write(record)
+    assert {path.name: path.read_bytes() for path in record.path.iterdir()} == before
+
+
+# Model
+
+
+def test_a_model_comes_back_with_its_facts_and_replaces_the_last(record):
+    record.save_model({"w": torch.zeros(2)}, {"backbone": "old"})
+    tensors = {"w": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(1, requires_grad=True)}
+    record.save_model(tensors, {"backbone": "new", "image_size": "64"})
+    read = load_file(record.model_path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    with safetensors.safe_open(record.model_path, "pt") as file:
+        assert file.metadata() == {"backbone": "new", "image_size": "64"}
+    assert {path.name for path in record.path.iterdir()} == {"config.toml", "model.safetensors"}
+
+
+def test_a_model_is_as_readable_as_the_rest_of_the_run(record):
+    record.save_model({"w": torch.zeros(2)}, {})
+    record.write_summary({})
+    modes = {path.stat().st_mode for path in record.path.iterdir()}
+    assert len(modes) == 1
