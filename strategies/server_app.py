@@ -4,17 +4,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from fleet.backbones import Backbone, load_backbone
 from fleet.config import RunConfig, read_config
 from fleet.data import ImageData, load_data
-from fleet.errors import FleetError, UpdateError
+from fleet.errors import ConfigError, FleetError, UpdateError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.plan import make_plan
 from fleet.records import RoundReport, RunRecord, summarise
@@ -76,7 +75,7 @@ def run(grid: Grid, config: RunConfig) -> None:
             )
         # In this order: a round that is on record has its model.
         load(backbone.model, strategy.state)
-        record.save_model(_tensors(backbone), _facts(backbone, classes))
+        record.save_model(backbone.model.state_dict(), _facts(backbone, classes))
         record.add_round(report)
 
     strategy = FleetStrategy(
@@ -95,7 +94,10 @@ def run(grid: Grid, config: RunConfig) -> None:
         summarise(strategy.reports)
         | {"strategy": federation.strategy, "seed": config.seed, "plan_digest": plan.digest}
     )
-    write_page(record)
+    try:
+        write_page(record)
+    except ConfigError as error:  # the run itself has succeeded
+        log(WARNING, "%s", error)
     log(INFO, "model saved to %s", record.model_path)
 
 
@@ -134,11 +136,6 @@ def _backbone(config: RunConfig, classes: tuple[str, ...]) -> Backbone:
     )
     backbone.model.to(pick_device(config.local.device))
     return backbone
-
-
-def _tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """The whole model under its original names."""
-    return {name: t.cpu().contiguous() for name, t in backbone.model.state_dict().items()}
 
 
 def _facts(backbone: Backbone, classes: tuple[str, ...]) -> dict[str, str]:
