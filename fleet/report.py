@@ -4,6 +4,7 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import cycle
 from typing import Any
 
 from rich import box
@@ -153,7 +154,7 @@ def accuracy_picture(records: Sequence[RunRecord]) -> str:
         raise ConfigError("pictures need matplotlib: pip install 'fleet-mobiletl[sim]'") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    for record, colour in zip(records, _COLOURS, strict=False):
+    for record, colour in zip(records, cycle(_COLOURS), strict=False):
         rounds = [report for report in record.rounds() if report.accuracy is not None]
         accuracy = [100 * report.accuracy for report in rounds]
         travelled, total = [], 0

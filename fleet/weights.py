@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             anything but dense tensors with names.
     """
     path = path.expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises for a name that is too long
         raise ConfigError(
             f"no weights file {path}; name a .safetensors or .pth file, "
             f"or one of: default, imagenet, none"

@@ -1,6 +1,7 @@
 """Launch one simulated run and follow it through its records."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def _absolute_paths(config: RunConfig) -> dict[str, str]:
         paths["data"] = Path(config.data.source).expanduser()
     if config.model.weights not in WEIGHTS:
         paths["weights"] = Path(config.model.weights).expanduser()
-    return {key: str(path.resolve()) for key, path in paths.items() if path.exists()}
+    # os.path takes a name that is too long for one that does not exist; Path raises.
+    return {key: str(path.resolve()) for key, path in paths.items() if os.path.exists(path)}
 
 
 class _RoundWatch:

@@ -80,7 +80,7 @@ def _open(source: str, split: Split, skip_unreadable: bool) -> ImageData:
         return _torchvision(source, split)
     if source.startswith("hf:"):
         return load_hugging_face(source.removeprefix("hf:"), split)
-    if path.exists():
+    if os.path.exists(path):  # Path's own raises for a name that is too long
         return _open_path(path, split, skip_unreadable)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in SUFFIXES:
         return load_hugging_face(source, split)

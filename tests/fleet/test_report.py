@@ -115,3 +115,7 @@ def test_the_values_of_a_run_that_has_ended_are_its_summary_and_its_rounds(recor
     values = run_values(record)
     assert len(values.pop("per_round")) == 3
     assert values == {"accuracy": 0.5, "strategy": "fedavg", "ended": True}
+
+
+def test_a_seventh_run_is_drawn_too(record):
+    assert accuracy_picture([record] * 7).count("M ") > accuracy_picture([record] * 6).count("M ")

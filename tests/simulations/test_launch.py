@@ -67,6 +67,8 @@ def test_a_run_directory_that_holds_a_run_is_refused_and_kept(tmp_path):
             {"evaluation": "clients", "validation-fraction": 0.0},
             "evaluation is left to the clients, and validation-fraction is 0; raise it",
         ),
+        ({"data": "a" * 300}, "data 'aaa.*' is neither a known name nor a path here"),
+        ({"weights": "a" * 300}, "no weights file aaa"),
         ({"data": " "}, "data is empty; name one"),
         ({"weights": ""}, "weights is empty; name one"),
         ({"seed": 2**63}, r"seed must lie in \[0, 2\^63\), got 9223372036854775808"),
