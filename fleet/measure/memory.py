@@ -1,4 +1,4 @@
-"""What training costs: bytes kept for backward, and the allocator's peak."""
+"""Bytes kept for backward, and the allocator's peak."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
