@@ -1,4 +1,4 @@
-"""Frozen steps above the trained blocks: the gradient passes, nothing but the input is kept."""
+"""Parts of which nothing trains: norms folded into convs; a tail through which gradients pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleet.mobiletl.blocks import part_forward
 from fleet.mobiletl.chunks import images_in_chunk
-from fleet.structure import InvertedResidual, Step, Unit, eval_forward
+from fleet.mobiletl.convolution import Convolution
+from fleet.mobiletl.functional import activate
+from fleet.structure import InvertedResidual, Step, Unit
+
+Part = InvertedResidual | Unit | Step
 
 
-def frozen(parts: Sequence[InvertedResidual | Unit | Step], x: Tensor) -> Tensor:
-    """Run parts of which no parameter trains, a few images at a time.
+def run_frozen(parts: Sequence[Part], x: Tensor) -> Tensor:
+    """What parts make of x in eval mode.
+
+    Autograd passes through; what it keeps is stock PyTorch's. The steps
+    between the parts may work in place, on x too.
+    """
+    for part in parts:
+        if isinstance(part, InvertedResidual):
+            y = x
+            for unit in part.units:
+                y = _run_unit(unit, y)
+            x = _add(y, x) if part.residual else y
+        else:
+            x = _run_unit(part, x) if isinstance(part, Unit) else part.forward(x)
+    return x
+
+
+def frozen_tail(parts: Sequence[Part], x: Tensor) -> Tensor:
+    """Run the parts above all that train, a few images at a time.
 
     Args:
         x: (N, C, H, W) or (N, C).
@@ -21,15 +41,16 @@ def frozen(parts: Sequence[InvertedResidual | Unit | Step], x: Tensor) -> Tensor
         What the parts make of x. Kept for backward: x, from which each chunk
         of images runs again.
     """
-    return _Frozen.apply(x, parts)
+    return _FrozenTail.apply(x, parts)
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenTail(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: Sequence[InvertedResidual | Unit | Step]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, parts: Sequence[Part]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.parts = parts
-        return torch.cat([_run(parts, part) for part in x.split(images_in_chunk(x))])
+        # A step may be an activation in place, and x is not ours.
+        return torch.cat([run_frozen(parts, part.clone()) for part in x.split(images_in_chunk(x))])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -38,13 +59,17 @@ class _Frozen(torch.autograd.Function):
         for part, d_out, into in zip(*(t.split(chunk) for t in (x, grad, dx)), strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                into.copy_(torch.autograd.grad(_run(ctx.parts, leaf), leaf, d_out)[0])
+                y = run_frozen(ctx.parts, leaf.clone())
+                into.copy_(torch.autograd.grad(y, leaf, d_out)[0])
         return dx, None
 
 
-def _run(parts: Sequence[InvertedResidual | Unit | Step], x: Tensor) -> Tensor:
-    x = x.clone()  # a step may be an activation in place
-    for part in parts:
-        # Stock autograd: what a chunk keeps is little, and every derivative is exact.
-        x = eval_forward(part, x) if isinstance(part, Unit) else part_forward(part, x)
-    return x
+def _add(y: Tensor, x: Tensor) -> Tensor:
+    """In place where autograd keeps no output of an activation."""
+    return y + x if y.requires_grad else y.add_(x)
+
+
+def _run_unit(unit: Unit, x: Tensor) -> Tensor:
+    # In place, nothing is lost: autograd keeps no conv's output.
+    x = activate(Convolution(unit.conv, unit.norm).forward(x), unit.activation, inplace=True)
+    return x if unit.squeeze_excite is None else unit.squeeze_excite(x)

@@ -42,15 +42,20 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def activate(x: Tensor, activation: nn.Module | None) -> Tensor:
-    """The activation's function in a tensor of its own, whatever its `inplace` says."""
+def activate(x: Tensor, activation: nn.Module | None, inplace: bool = False) -> Tensor:
+    """The activation's function, in place as the caller says, whatever its own `inplace` does."""
     if activation is None:
         return x
     if isinstance(activation, nn.ReLU6):
-        return F.relu6(x)
+        return F.relu6(x, inplace)
     if isinstance(activation, nn.ReLU):
-        return F.relu(x)
-    return F.hardswish(x) if isinstance(activation, nn.Hardswish) else F.silu(x)
+        return F.relu(x, inplace)
+    return F.hardswish(x, inplace) if isinstance(activation, nn.Hardswish) else F.silu(x, inplace)
+
+
+def is_clamp(activation: nn.Module | None) -> bool:
+    """Whether the derivative follows from the output as well as from the input."""
+    return isinstance(activation, nn.ReLU | nn.ReLU6)
 
 
 def pad_for(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -3,22 +3,21 @@
 Forward runs a chunk of images through the block and keeps, for each internal
 activation, its input as the stash says. Backward goes through the same chunks.
 The last norm's statistics are the whole batch's in either direction, so chunks
-change nothing but the order of sums.
+change nothing but the order of sums. The internal norms' are frozen, so these
+norms are folded into their convs: no pass over a feature map is theirs.
 """
 
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from fleet.mobiletl.chunks import chunks, images_in_chunk, room
-from fleet.mobiletl.functional import activate, pad_for
+from fleet.mobiletl.convolution import Convolution
+from fleet.mobiletl.functional import activate, is_clamp
 from fleet.mobiletl.stash import keep, restore
 from fleet.structure import InvertedResidual, Unit
-
-_ONEDNN_BATCH, _ONEDNN_WIDTH = 16, 4  # images, and pixels of each, from which oneDNN is faster
 
 # Under a smaller scale a norm's input cannot be told from its output, and is kept.
 _SMALL_SCALE = 0.1
@@ -88,15 +87,16 @@ class _InvertedResidual(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         norm, kept, z = block.units[-1].norm, [], None
-        seen_by = [None, *(unit.activation for unit in block.units[:-1])]
+        convs, seen_by = _convolutions(block), [None, *_activations(block)]
         for part in chunks(len(x), chunk):
-            maps, h = _internal(block, x[part])
-            out = _conv(block.units[-1].conv, h)
-            z = room(out, len(x)) if z is None else z
-            z[part] = out
+            maps, h = _internal(block, convs, x[part])
             if stash != "recompute":
                 for map_, activation in zip((x[part], *maps), seen_by, strict=True):
                     kept += keep(map_, activation, stash)
+            del maps
+            out = convs[-1].forward(_gated(block.units[-2], h))
+            z = room(out, len(x)) if z is None else z
+            z[part] = out
         if z.numel() == z.shape[1]:  # as PyTorch's own, which the native function leaves unchecked
             raise ValueError(f"one value a channel has no variance: {tuple(z.shape)}")
         y, mean, inverse_std = torch.native_batch_norm(
@@ -117,9 +117,9 @@ class _InvertedResidual(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mean, inverse_std, factor, *kept = ctx.saved_tensors
         block, norm = ctx.block, ctx.block.units[-1].norm
-        parts = list(chunks(len(dy), ctx.chunk))
+        convs, parts = _convolutions(block), list(chunks(len(dy), ctx.chunk))
         if ctx.stash == "recompute":
-            source = _Recomputed(block, kept, factor, mean, inverse_std)
+            source = _Recomputed(block, convs, kept, factor, mean, inverse_std)
         else:
             source = _Stashed(block, kept, ctx.chunk)
         dz = dy if factor is None else dy * factor
@@ -133,11 +133,17 @@ class _InvertedResidual(torch.autograd.Function):
         dx = None
         for part in parts:
             x, maps, normalised = source.chunk(part)
-            d_out = (dz[part] - mean_d).sub_(normalised.mul_(mean_dn)).mul_(a)
-            dx_part = _backward_chunk(block, x, maps, d_out, gradients, ctx.needs_input_grad[0])
+            d_out = (dz[part] - mean_d).addcmul_(normalised, mean_dn, value=-1).mul_(a)
+            del normalised
+            wants_input = ctx.needs_input_grad[0]
+            dx_part = _backward_chunk(block, convs, x, maps, d_out, gradients, wants_input)
             if dx_part is not None:
                 dx = room(dx_part, len(dy)) if dx is None else dx
                 dx[part] = dx_part.add_(dy[part]) if block.residual else dx_part
+        for unit, conv in zip(block.units, convs, strict=True):
+            gradients[unit.conv.weight], d_bias = conv.gradients()
+            if d_bias is not None:
+                gradients[unit.norm.bias] = d_bias
         found = [gradients.get(p) if p.requires_grad else None for p in _parameters(block)]
         return (dx, None, None, None, None, *found)
 
@@ -148,12 +154,12 @@ class _Stashed:
     def __init__(self, block: InvertedResidual, kept: list[Tensor], chunk: int) -> None:
         self._kept, self._chunk = kept, chunk
         self._width = 3 if kept[0].dtype == torch.uint8 else 1  # tensors a map
-        self._maps = len(block.units)  # the input and every internal map
+        self._seen_by = [None, *_activations(block)]
 
     def chunk(self, part: slice) -> tuple[Tensor, list[Tensor], Tensor]:
         """Input, internal maps and the last norm's normalised input of a chunk."""
-        first = part.start // self._chunk * self._maps
-        x, *maps = (self._map(first + i) for i in range(self._maps))
+        first = part.start // self._chunk * len(self._seen_by)
+        x, *maps = (self._map(first + i, by) for i, by in enumerate(self._seen_by))
         return x, maps, self.normalised(part)
 
     def normalised(self, part: slice) -> Tensor:
@@ -161,8 +167,8 @@ class _Stashed:
         values, *span = self._kept[-self._width :]
         return restore([values[part], *span])
 
-    def _map(self, i: int) -> Tensor:
-        return restore(self._kept[i * self._width : (i + 1) * self._width])
+    def _map(self, i: int, activation: nn.Module | None) -> Tensor:
+        return restore(self._kept[i * self._width : (i + 1) * self._width], activation)
 
 
 class _Recomputed:
@@ -171,23 +177,25 @@ class _Recomputed:
     def __init__(
         self,
         block: InvertedResidual,
+        convs: list[Convolution],
         kept: list[Tensor],
         factor: Tensor | None,
         mean: Tensor,
         inverse_std: Tensor,
     ) -> None:
-        self._block, self._factor = block, factor
+        self._block, self._convs, self._factor = block, convs, factor
         self._x, self._y, self._z_small = kept
         self._mean, self._inverse_std = mean, inverse_std
 
     def chunk(self, part: slice) -> tuple[Tensor, list[Tensor], Tensor]:
         """Input, internal maps and the last norm's normalised input of a chunk."""
-        maps, h = _internal(self._block, self._x[part])
+        maps, h = _internal(self._block, self._convs, self._x[part])
         normalised = self.normalised(part)
         if self._factor is not None:  # the output of a dropped branch says nothing of it
             dropped = self._factor[part].flatten() == 0
-            if dropped.any():
-                z = _conv(self._block.units[-1].conv, h[dropped]) - _wide(self._mean)
+            if not dropped.is_meta and dropped.any():
+                h = _gated(self._block.units[-2], h[dropped])
+                z = self._convs[-1].forward(h) - _wide(self._mean)
                 normalised[dropped] = z * _wide(self._inverse_std)
         return self._x[part], maps, normalised
 
@@ -212,44 +220,57 @@ class _Recomputed:
         return out
 
 
-def _internal(block: InvertedResidual, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Inputs of the internal activations, and of the last conv."""
+def _convolutions(block: InvertedResidual) -> list[Convolution]:
+    """The block's convs, all but the last with their norms folded in."""
+    *internal, last = block.units
+    return [*(Convolution(unit.conv, unit.norm) for unit in internal), Convolution(last.conv)]
+
+
+def _activations(block: InvertedResidual) -> list[nn.Module | None]:
+    return [unit.activation for unit in block.units[:-1]]
+
+
+def _internal(
+    block: InvertedResidual, convs: list[Convolution], x: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """What each internal activation's derivative follows from, and the last one's output.
+
+    That is the activation's input; or its output, if the activation is a clamp.
+    """
     maps, h = [], x
-    for unit in block.units[:-1]:
-        norm = unit.norm
-        p = F.batch_norm(
-            _conv(unit.conv, h), norm.running_mean, norm.running_var, norm.weight, norm.bias,
-            eps=norm.eps,
-        )  # fmt: skip
+    for i, conv in enumerate(convs[:-1]):
+        if i:
+            h = _gated(block.units[i - 1], h)
+        p = conv.forward(h)
+        activation = block.units[i].activation
+        h = activate(p, activation, inplace=is_clamp(activation))
         maps.append(p)
-        h = _gated(unit, activate(p, unit.activation))
     return maps, h
 
 
 def _backward_chunk(
     block: InvertedResidual,
+    convs: list[Convolution],
     x: Tensor,
     maps: list[Tensor],
-    d_out: Tensor,
+    d: Tensor,
     gradients: Gradients,
     wants_input: bool,
 ) -> Tensor | None:
-    """From the gradient at the last norm's input down to the block's input.
+    """From d, the gradient at the last norm's input, down to the block's input.
 
-    Adds the parameters' gradients to `gradients`.
+    The convs and `gradients` gather the parameters' gradients.
     """
-    d = d_out
     for j in reversed(range(1, len(block.units))):
-        unit, below, p = block.units[j], block.units[j - 1], maps[j - 1]
-        h = activate(p, below.activation)
-        d = _conv_backward(unit.conv, d, _gated(below, h), gradients, True)
-        if below.squeeze_excite is not None:
-            d = _gate_backward(below.squeeze_excite, h, d, gradients)
+        below = block.units[j - 1]
+        p = maps.pop()
+        h = p if is_clamp(below.activation) else activate(p, below.activation)
+        if below.squeeze_excite is None:
+            d = convs[j].backward(d, h, True)
+        else:
+            d = _gated_backward(convs[j], below.squeeze_excite, d, h, gradients)
         d = _activation_backward(below.activation, d, p)
-        _add(gradients, below.norm.bias, d.sum((0, 2, 3)))
-        norm = below.norm
-        d = d * _wide(norm.weight * torch.rsqrt(norm.running_var + norm.eps))
-    return _conv_backward(block.units[0].conv, d, x, gradients, wants_input)
+    return convs[0].backward(d, x, wants_input)
 
 
 def _gated(unit: Unit, h: Tensor) -> Tensor:
@@ -268,94 +289,22 @@ def _activation_backward(activation: nn.Module | None, d: Tensor, p: Tensor) -> 
     return torch.ops.aten.silu_backward(d, p)
 
 
-def _gate_backward(gate: nn.Module, h: Tensor, d: Tensor, gradients: Gradients) -> Tensor:
-    """Through h·gate(h), by autograd on this chunk."""
+def _gated_backward(
+    conv: Convolution, gate: nn.Module, d: Tensor, h: Tensor, gradients: Gradients
+) -> Tensor:
+    """Through a conv and the squeeze-excite before it, whose product is made anew, by autograd."""
     parameters = [p for p in gate.parameters() if p.requires_grad]
     with torch.enable_grad():
         leaf = h.detach().requires_grad_()
-        d_h, *found = torch.autograd.grad(gate(leaf), [leaf, *parameters], d)
+        gated = gate(leaf)
+    d = conv.backward(d, gated.detach(), True)
+    d_h, *found = torch.autograd.grad(gated, [leaf, *parameters], d)
     for parameter, gradient in zip(parameters, found, strict=True):
-        _add(gradients, parameter, gradient)
+        if parameter in gradients:
+            gradients[parameter] += gradient
+        else:
+            gradients[parameter] = gradient
     return d_h
-
-
-def _conv(conv: nn.Conv2d, h: Tensor) -> Tensor:
-    padded = pad_for(conv, h)
-    rows = _as_rows(conv, padded)
-    out = F.conv2d(rows, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return out if rows is padded else _as_map(out, h)
-
-
-def _conv_backward(
-    conv: nn.Conv2d, d: Tensor, h: Tensor, gradients: Gradients, wants_input: bool
-) -> Tensor | None:
-    """Adds the weight's gradient to `gradients`; returns the input's, if it is wanted."""
-    padded = pad_for(conv, h)
-    rows = _as_rows(conv, padded)
-    d_rows = d if rows is padded else _as_rows(conv, d)
-    wants_weight = conv.weight.requires_grad
-    fold = wants_weight and conv.groups == conv.in_channels and conv.kernel_size[0] > 3
-    d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-        d_rows, rows, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
-        conv.groups, [wants_input, wants_weight and not fold, False],
-    )  # fmt: skip
-    if wants_weight:
-        d_weight = _depthwise_weight_gradient(conv, d, padded) if fold else d_weight
-        _add(gradients, conv.weight, d_weight)
-    if d_input is None:
-        return None
-    if rows is not padded:
-        return _as_map(d_input, h)
-    top, left = ((p - n) // 2 for p, n in zip(padded.shape[2:], h.shape[2:], strict=True))
-    return d_input[:, :, top : top + h.shape[2], left : left + h.shape[3]]
-
-
-def _as_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A pointwise conv's map as at least sixteen narrow images, where it divides so.
-
-    On one thread PyTorch gives a pointwise conv of fewer than sixteen images to
-    a matrix product that takes up to twice as long as oneDNN's conv. To such a
-    conv pixels are pixels, and in channels_last this is a view.
-    """
-    n, c, *size = x.shape
-    pixels = n * size[0] * size[1]
-    if n >= _ONEDNN_BATCH or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
-        return x
-    for batch in range(_ONEDNN_BATCH, pixels // _ONEDNN_WIDTH + 1):
-        if pixels % batch == 0:
-            rows = x.permute(0, 2, 3, 1).reshape(batch, 1, pixels // batch, c)
-            return rows.permute(0, 3, 1, 2)
-    return x
-
-
-def _as_map(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back from `_as_rows`, to the images of `like`."""
-    n, _, *size = like.shape
-    return rows.permute(0, 2, 3, 1).reshape(n, *size, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, h: Tensor) -> Tensor:
-    """The input correlated with the gradient, every image and channel a group of its own.
-
-    oneDNN's own is nine times slower for 5×5 at two images of 1152×7×7, and
-    allocates 28 MiB.
-    """
-    n, c, *size = h.shape
-    correlated = F.conv2d(
-        h.reshape(1, n * c, *size), d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation,
-        conv.padding, conv.stride, groups=n * c,
-    )  # fmt: skip
-    high, wide = conv.kernel_size
-    return correlated[0, :, :high, :wide].reshape(n, c, 1, high, wide).sum(0)
-
-
-def _add(gradients: Gradients, parameter: nn.Parameter, gradient: Tensor) -> None:
-    if not parameter.requires_grad:
-        return
-    if parameter in gradients:
-        gradients[parameter] += gradient
-    else:
-        gradients[parameter] = gradient
 
 
 def _small(norm: nn.BatchNorm2d) -> Tensor:

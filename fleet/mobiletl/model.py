@@ -6,8 +6,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from fleet.backbones import Backbone
+from fleet.errors import PlanError
 from fleet.mobiletl.blocks import parameters_of, part_forward
-from fleet.mobiletl.frozen import frozen
+from fleet.mobiletl.frozen import frozen_tail
 from fleet.mobiletl.inverted_residual import fits, inverted_residual
 from fleet.mobiletl.prefix import run_prefix
 from fleet.mobiletl.stash import check_stash
@@ -19,26 +20,53 @@ class TransferModel(nn.Module):
     """The backbone's model, trained as the plan says.
 
     Training writes into the backbone's own parameters; the original model is
-    never rebuilt, so its `state_dict` keeps its keys. In eval mode this *is*
-    the original model. In training mode the steps below the first that trains
-    run without autograd, those above with what the method needs:
+    never rebuilt, so its `state_dict` keeps its keys. It runs in two halves,
+    between which the frozen half's output may be cached:
 
-    - `mobiletl`, `shifts`, `head`: operations that keep little for backward,
-      for `mobiletl` as the stash says;
-    - `blocks`: the original modules with stock autograd, norms in training mode;
-    - `full`: the original model in training mode, dropout included.
+    - `features`: the steps below the first that trains, without autograd and
+      norms folded into convs; the same in training and eval mode;
+    - `from_features`: the others; in training mode with what the method needs:
+      `mobiletl`, `shifts` and `head` with operations that keep little for
+      backward, `mobiletl` as the stash says; `blocks` with stock autograd and
+      norms in training mode, as `full` for the whole model, dropout included.
 
-    A parameter has one `requires_grad`: of several `TransferModel`s on one
-    backbone, the one whose `train()` was called last is ready to train.
+    In eval mode `forward` *is* the original model. A parameter has one
+    `requires_grad`: of several `TransferModel`s on one backbone, the one whose
+    `train()` was called last is ready to train.
+
+    Args:
+        backbone: trains in place.
+        plan: what trains.
+        stash: what `mobiletl` keeps for backward.
+        cut: step at which the halves meet, at most the first that trains; None:
+            just there. A fleet's devices cut where the widest plan does, as the
+            steps above change from round to round.
+
+    Raises:
+        PlanError: for a cut above the first step that trains.
     """
 
-    def __init__(self, backbone: Backbone, plan: UpdatePlan, stash: str = "recompute") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        plan: UpdatePlan,
+        stash: str = "recompute",
+        cut: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = backbone.model
         self.plan = plan
         self.stash = check_stash(stash if plan.method == "mobiletl" else "published")
-        cut = first_trained_step(backbone.steps, plan)
-        self._prefix, self._trained = backbone.steps[:cut], backbone.steps[cut:]
+        first = first_trained_step(backbone.steps, plan)
+        self.cut = first if cut is None else cut
+        if not 0 <= self.cut <= first:
+            raise PlanError(
+                f"features cannot be cut at step {cut}, as step {first} is the first that trains; "
+                f"cut there or below"
+            )
+        self._above_cut, self._trained = backbone.steps[self.cut :], backbone.steps[first:]
+        self._prefix = tuple(parts_of(backbone.steps[: self.cut]))
+        self._between = tuple(parts_of(backbone.steps[self.cut : first]))
         self.train()
         *parts, self._head = parts_of(self._trained)
         top = _frozen_tail(parts) if self.stash != "published" else len(parts)
@@ -55,11 +83,23 @@ class TransferModel(nn.Module):
                 module.train()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, 3, S, S)."""
         if not self.training or self.plan.method == "full":
+            return self.model(images)
+        return self.from_features(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Output (N, …) of the frozen half for images (N, 3, S, S); at cut 0 the images."""
+        return run_prefix(self._prefix, images)
+
+    def from_features(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of what `features` returned."""
+        if not self.training:
+            return self._eval_from_features(x)
+        if self.plan.method == "full":
             return self.model(x)
-        x = run_prefix(self._prefix, x)
+        x = run_prefix(self._between, x)
         if self.plan.method == "blocks":
             for step in self._trained:
                 x = step.forward(x)
@@ -69,12 +109,17 @@ class TransferModel(nn.Module):
                 x = inverted_residual(part, x, self.stash)
             else:
                 x = part_forward(part, x)
-        return self._head.forward(frozen(self._tail, x) if self._tail else x)
+        return self._head.forward(frozen_tail(self._tail, x) if self._tail else x)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""
         names = self.plan.by_name
         return [p for name, p in self.model.named_parameters() if name in names]
+
+    def _eval_from_features(self, x: Tensor) -> Tensor:
+        for step in self._above_cut:
+            x = step.forward(x)
+        return x
 
     def _stock_modules(self) -> list[nn.Module]:
         """What stock autograd trains, with its norms on the batch's statistics."""

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fleet.errors import ConfigError
+from fleet.mobiletl.functional import activate, is_clamp
 from fleet.plan import STASHES
 
 # Where a derivative jumps.
@@ -44,24 +45,33 @@ def keep(x: Tensor, activation: nn.Module | None, stash: str) -> list[Tensor]:
     return [_to_bfloat16(x, activation)] if stash == "bfloat16" else _to_int8(x, activation)
 
 
-def restore(kept: list[Tensor]) -> Tensor:
-    """The float32 map that `keep` rounded; the caller's own, to change as it likes."""
+def restore(kept: list[Tensor], activation: nn.Module | None = None) -> Tensor:
+    """The float32 map that `keep` rounded, not to be written to.
+
+    With ReLU or ReLU6 it may be the activation's output as well as its input:
+    what lies outside of the clamp comes back on its edge.
+    """
     if len(kept) == 1:
-        return kept[0].float() if kept[0].dtype == torch.bfloat16 else kept[0].clone()
+        return kept[0].float() if kept[0].dtype == torch.bfloat16 else kept[0]
     codes, lowest, step = kept
     # Codes 1 to 254 stand for the middles of their intervals; 0 and 255 lie outside of all.
-    return codes.float().sub_(0.5).mul_(step).add_(lowest)
+    x = codes.float().sub_(0.5).mul_(step).add_(lowest)
+    return activate(x, activation, inplace=True) if is_clamp(activation) else x
 
 
 def _to_bfloat16(x: Tensor, activation: nn.Module | None) -> Tensor:
     rounded = x.to(torch.bfloat16)
     for corner in _CORNERS.get(type(activation), ()):
-        at = rounded.new_tensor(corner)
         # What was rounded onto a corner moves on to the next number on its own side.
-        there = (rounded == at).nonzero(as_tuple=True)
-        side = (x[there] - corner).sign().to(at.dtype)
-        rounded[there] = at.nextafter(at + side)
+        there = rounded == corner
+        rounded.masked_fill_((x > corner).logical_and_(there), _next(corner, torch.inf))
+        rounded.masked_fill_((x < corner).logical_and_(there), _next(corner, -torch.inf))
     return rounded
+
+
+def _next(corner: float, towards: float) -> float:
+    start, end = torch.tensor([corner, towards], dtype=torch.bfloat16)
+    return start.nextafter(end).item()
 
 
 def _to_int8(x: Tensor, activation: nn.Module | None) -> list[Tensor]:

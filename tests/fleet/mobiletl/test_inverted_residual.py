@@ -19,6 +19,7 @@ from fleet.measure import allocator_peak, saved_for_backward
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.inverted_residual import (
     _backward_chunk,
+    _convolutions,
     _internal,
     fits,
     inverted_residual,
@@ -27,7 +28,7 @@ from fleet.mobiletl.prefix import run_prefix
 from fleet.mobiletl.stash import keep, restore
 from fleet.optim import SGD
 from fleet.plan import STASHES, make_plan
-from fleet.structure import trace
+from fleet.structure import parts_of, trace
 
 BACKBONES = [
     "efficientnet_lite0",
@@ -326,7 +327,7 @@ def pretrained():
 
 def features(backbone, images, name):
     at = next(i for i, step in enumerate(backbone.steps) if step.name == name)
-    return run_prefix(backbone.steps[:at], images)
+    return run_prefix(tuple(parts_of(backbone.steps[:at])), images)
 
 
 @pytest.fixture(params=["blocks.2.1", "blocks.4.1", "blocks.5.0", "blocks.5.3", "blocks.6.0"])
@@ -356,17 +357,16 @@ def test_rounding_hardly_turns_the_gradients_of_pretrained_blocks(digits_block, 
 def test_relu6_s_shift_and_input_gradients_do_not_feel_the_rounding(digits_block, stash):
     """From the last norm downwards they depend on masks alone, which are exact."""
     block, x = digits_block
-    maps, h = _internal(block, x)
-    d_out = torch.randn_like(block.units[-1].conv(h))
-    rounded = [
-        restore(keep(m, unit.activation, stash)) for m, unit in zip(maps, block.units, strict=False)
-    ]
-    exact, ours = {}, {}
-    d_exact = _backward_chunk(block, x, maps, d_out, exact, True)
-    d_ours = _backward_chunk(block, x, rounded, d_out, ours, True)
+    convs, others = _convolutions(block), _convolutions(block)
+    maps, h = _internal(block, convs, x)
+    d_out = torch.randn_like(convs[-1].forward(h))
+    seen_by = [unit.activation for unit in block.units[:-1]]
+    rounded = [restore(keep(m, by, stash), by) for m, by in zip(maps, seen_by, strict=True)]
+    d_exact = _backward_chunk(block, convs, x, maps, d_out, {}, True)
+    d_ours = _backward_chunk(block, others, x, rounded, d_out, {}, True)
     assert torch.equal(d_ours, d_exact)
-    for unit in block.units[:-1]:
-        assert torch.equal(ours[unit.norm.bias], exact[unit.norm.bias])
+    for exact, ours in zip(convs[:-1], others[:-1], strict=True):
+        assert torch.equal(ours.gradients()[1], exact.gradients()[1])
 
 
 # Bytes kept for backward.

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fleet.backbones import load_backbone
+from fleet.errors import PlanError
 from fleet.measure import saved_for_backward
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.model import first_trained_step
@@ -52,14 +54,15 @@ def test_eval_mode_is_the_original_model(random_backbone, images, name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_frozen_norms_in_training_mode_are_the_original_model(random_backbone, images, name):
-    backbone, x = random_backbone(name), images(2)
+    backbone, x = random_backbone(name), images(2).double()
+    backbone.model.double()
     for block in backbone.blocks:
         if block.drop_path is not None:
             block.drop_path.p = 0.0
     model = TransferModel(
         backbone, make_plan(backbone, method="shifts", blocks=len(backbone.blocks))
     )
-    assert_close(model(x), backbone.model(x), rtol=1e-4, atol=1e-4)
+    assert_close(model(x), backbone.model(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("method", "train_tail"), CASES)
@@ -166,3 +169,51 @@ def test_methods_keep_a_fraction_of_stock_autograd(kept_bytes):
 
 def test_head_keeps_its_input_alone(kept_bytes):
     assert kept_bytes["head"] == 4 * 1280 * 4
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9])
+@pytest.mark.parametrize("method", ["mobiletl", "shifts", "blocks", "head"])
+def test_halves_that_meet_lower_make_the_same_step(random_backbone, images, method, cut):
+    """As a device's do whose plan is narrower than its fleet's."""
+    logits, gradients = [], []
+    for at in (None, cut):
+        backbone = random_backbone("efficientnet_lite0")
+        backbone.model.double()
+        model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2), cut=at)
+        x = model(images(4).double())
+        x.square().sum().backward()
+        logits.append(x)
+        gradients.append([p.grad for p in model.trainable_parameters()])
+    assert_close(*logits, rtol=1e-9, atol=1e-9)
+    assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["mobiletl", "full", "head"])
+def test_halves_together_are_the_whole(random_backbone, images, method, training):
+    backbone = random_backbone("mobilenet_v3_small")
+    model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2)).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x = images(4)
+    assert_close(model.from_features(model.features(x)), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_features_follow_the_weights(random_backbone, images):
+    """Norms are folded at every call, not once."""
+    backbone = random_backbone("mobilenet_v2")
+    model = TransferModel(backbone, make_plan(backbone, method="mobiletl", blocks=2))
+    before = model.features(images(2))
+    backbone.steps[1].module.bias.data += 1  # the stem's norm
+    assert not torch.allclose(model.features(images(2)), before)
+
+
+def test_cut_above_the_first_trained_step_is_refused(random_backbone):
+    backbone = random_backbone("efficientnet_lite0")
+    plan = make_plan(backbone, method="mobiletl", blocks=2)
+    first = first_trained_step(backbone.steps, plan)
+    with pytest.raises(
+        PlanError, match=f"cut at step {first + 1}, as step {first} is the first that trains"
+    ):
+        TransferModel(backbone, plan, cut=first + 1)
