@@ -13,7 +13,7 @@ from fleet.config import ModelConfig, RunConfig, Value
 from fleet.errors import ConfigError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
-from fleet.mobiletl import TransferModel
+from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import UpdatePlan, make_plan
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device, train_locally
@@ -74,12 +74,15 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
     backbone, plan, state = _receive(client, task, payload)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow = plan if plan.method in ("head", "full") else plan.narrow(client.blocks(plan.blocks))
+    # Cut where the widest plan is: what lies above changes from round to round.
+    cut = first_trained_step(backbone.steps, plan)
     result = train_locally(
-        TransferModel(backbone, narrow, config.local.stash),
+        TransferModel(backbone, narrow, config.local.stash, cut),
         relabel(training, task.classes),
         backbone.preprocessing,
         config.local,
         seed=_round_seed(config.seed, task.server_round, client.name),
+        features=config.features,
     )
     received = state.narrow(narrow).tensors
     update = {
@@ -102,9 +105,14 @@ def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    backbone, _, _ = _receive(client, task, payload)
+    backbone, plan, _ = _receive(client, task, payload)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
-    return evaluate(backbone.model, relabel(validation, task.classes), backbone.preprocessing)
+    return evaluate(
+        TransferModel(backbone, plan),
+        relabel(validation, task.classes),
+        backbone.preprocessing,
+        features=client.config.features,
+    )
 
 
 def _receive(

@@ -147,7 +147,7 @@ def read_backbone(
         model.set_submodule(head.name, _zero_head(head.module.in_features, num_classes))
         steps = (*steps[:-1], Step(head.name, *[model.get_submodule(head.name)] * 2))
     model.to(memory_format=torch.channels_last)
-    digests = {step.name: _digest(step.module) for step in steps[:-1] if _has_state(step)}
+    digests = {step.name: digest_of(step.module) for step in steps[:-1] if _has_state(step)}
     return Backbone(name, model.requires_grad_(False), steps, preprocessing, digests)
 
 
@@ -163,13 +163,14 @@ def _has_state(step: Step) -> bool:
     return step.module is not None and bool(step.module.state_dict())
 
 
-def _digest(module: nn.Module) -> str:
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 (16 hex digits) over a module's tensors, counters of batches left out."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 

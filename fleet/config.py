@@ -18,6 +18,9 @@ from fleet.plan import METHODS, STASHES
 
 Value = str | int | float | bool
 
+AUGMENTATIONS = ("none", "crop", "flip", "flip+crop")
+CACHES = ("off", "float16", "int8")
+MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
@@ -104,6 +107,9 @@ class LocalConfig:
     batch_size: int = setting("batch-size", "examples a step")
     learning_rate: float = setting("learning-rate", "of the clients' SGD")
     momentum: float = setting("momentum", "of the clients' SGD")
+    momentum_dtype: str = setting(
+        "momentum-dtype", f"of its buffers: {', '.join(MOMENTUM_DTYPES)} (stochastically rounded)"
+    )
     weight_decay: float = setting("weight-decay", "of the clients' SGD, on weights alone")
     stash: str = setting("stash", f"what mobiletl keeps for backward: {', '.join(STASHES)}")
     device: str = setting("device", "auto, cpu, cuda or mps")
@@ -116,11 +122,41 @@ class LocalConfig:
                 f"weight-decay must be at least 0 and finite, got {self.weight_decay}"
             )
         _check_one_of("stash", self.stash, STASHES)
+        _check_one_of("momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning-rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """How images pass the frozen half of the model."""
+
+    cache: str = setting(
+        "cache", f"precision in which the frozen part's output is kept on disk: {', '.join(CACHES)}"
+    )
+    cache_mib: float = setting("cache-mib", "room for it on the disk, all runs together")
+    cache_dir: str = setting(
+        "cache-dir", "where it lies; empty: $FLEET_CACHE or ~/.cache/fleet/features"
+    )
+    augmentation: str = setting("augmentation", f"of training images: {', '.join(AUGMENTATIONS)}")
+    views: int = setting(
+        "views", "different views of a training image, the image itself among them"
+    )
+
+    def __post_init__(self) -> None:
+        _check_one_of("cache", self.cache, CACHES)
+        _check_one_of("augmentation", self.augmentation, AUGMENTATIONS)
+        _check_at_least(1, "views", self.views)
+        if not 0 <= self.cache_mib < math.inf:
+            raise ConfigError(f"cache-mib must be at least 0 and finite, got {self.cache_mib}")
+        if (self.views > 1) != (self.augmentation != "none"):
+            raise ConfigError(
+                f"views is {self.views} and augmentation is {self.augmentation}; several views "
+                f"need an augmentation, and an augmentation several views"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +200,7 @@ class RunConfig:
     model: ModelConfig
     plan: PlanConfig
     local: LocalConfig
+    features: FeatureConfig
     federation: FederationConfig
     seed: int = setting("seed", "decides partition, sampling and the order of images")
     run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")

@@ -17,6 +17,9 @@ class SGD:
         learning_rate: per step.
         momentum: 0 keeps no buffer.
         weight_decay: on tensors of two and more dimensions; norms and biases are spared.
+        momentum_dtype: of the buffers between steps. bfloat16 halves them, and
+            is rounded stochastically, from PyTorch's global generator: rounded
+            to nearest, a buffer would lose all increments below 1/256 of it.
     """
 
     def __init__(
@@ -25,11 +28,13 @@ class SGD:
         learning_rate: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        momentum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.parameters = list(parameters)
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.momentum_dtype = momentum_dtype
         self._velocity: dict[int, Tensor] = {}  # position → buffer
 
     @torch.no_grad()
@@ -42,8 +47,33 @@ class SGD:
             if self.weight_decay and parameter.ndim > 1:
                 direction = direction.add(parameter, alpha=self.weight_decay)
             if self.momentum:
-                if i not in self._velocity:
-                    self._velocity[i] = torch.zeros_like(parameter)
-                direction = self._velocity[i].mul_(self.momentum).add_(direction)
+                direction = self._gather(i, direction)
             parameter.add_(direction, alpha=-self.learning_rate)
             parameter.grad = None
+
+    def _gather(self, i: int, direction: Tensor) -> Tensor:
+        """The parameter's velocity with this step's direction in it."""
+        if i not in self._velocity:
+            self._velocity[i] = torch.zeros_like(direction, dtype=self.momentum_dtype)
+        buffer = self._velocity[i]
+        if buffer.dtype == direction.dtype:
+            return buffer.mul_(self.momentum).add_(direction)
+        velocity = buffer.to(direction.dtype).mul_(self.momentum).add_(direction)
+        buffer.copy_(stochastic_bfloat16(velocity))
+        return velocity
+
+
+def stochastic_bfloat16(x: Tensor) -> Tensor:
+    """Round to one of the two neighbours in bfloat16, so that the mean is x.
+
+    Args:
+        x: float32, any shape; NaN and ±inf stay what they are.
+
+    Returns:
+        bfloat16, the upper neighbour with a probability that rises linearly
+        from 0 at the lower to 1 at the upper.
+    """
+    # A float32 is a bfloat16 and sixteen bits more: random ones are added, and carry or do not.
+    noise = torch.randint_like(x, 1 << 16, dtype=torch.int32)
+    rounded = x.contiguous().view(torch.int32).add(noise).bitwise_and_(-1 << 16)
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)

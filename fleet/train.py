@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fleet.backbones import Preprocessing
-from fleet.config import LocalConfig
-from fleet.data import ImageBatches, ImageData
+from fleet.config import FeatureConfig, LocalConfig
+from fleet.data import ImageData
 from fleet.errors import ConfigError, UpdateError
-from fleet.measure import AllocatorPeak, allocator_peak
+from fleet.features import FeatureSource
+from fleet.measure import allocator_peak
 from fleet.mobiletl import TransferModel
 from fleet.optim import SGD
 
@@ -27,7 +28,8 @@ class LocalResult:
     Attributes:
         num_examples: images in one epoch.
         loss: mean cross-entropy over all epochs, in nats.
-        peak_bytes: allocator peak of the first step beyond model and batch.
+        peak_bytes: most that PyTorch allocated at once beyond the loaded model,
+            over the first two steps: from the second on there is momentum.
         seconds: wall time.
     """
 
@@ -43,71 +45,95 @@ def train_locally(
     preprocessing: Preprocessing,
     config: LocalConfig,
     seed: int | Sequence[int],
+    features: FeatureConfig | None = None,
+    on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
     Args:
         model: on the CPU or any device; images follow it.
         data: at least one image.
-        seed: of the order of the images, and of what dropout drops.
+        preprocessing: the backbone's.
+        config: epochs, batch size and optimiser.
+        seed: of the order of the images and their views, and of what dropout drops.
+        features: cache and augmentation; None: neither.
+        on_epoch: is called after each epoch with its number, from 0 on.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
             too little for a norm's statistics.
-        UpdateError: if the loss is no longer finite, with step and learning rate.
+        UpdateError: if loss or a gradient is not finite, with step and learning
+            rate; that step does not touch the parameters any more.
     """
     if not len(data):
         raise ConfigError(f"{data.name} has no training images for this client; give it some")
     model.train()
     optimizer = SGD(
-        model.trainable_parameters(), config.learning_rate, config.momentum, config.weight_decay
+        model.trainable_parameters(),
+        config.learning_rate,
+        config.momentum,
+        config.weight_decay,
+        getattr(torch, config.momentum_dtype),
     )
-    device = next(model.parameters()).device
-    started, total, peak = time.perf_counter(), 0.0, AllocatorPeak()
+    source = FeatureSource(model, data, preprocessing, features)
+    views = features.views if features else 1
+    started, losses = time.perf_counter(), []
+
+    def train_on(steps: Iterator[tuple[int, tuple[Tensor, Tensor]]]) -> None:
+        for step, (x, labels) in steps:
+            where = f"at step {step} with learning rate {config.learning_rate}"
+            try:
+                losses.append(_step(model, optimizer, x, labels, where) * len(labels))
+            except ValueError as error:  # of batch norm: one value a channel has no variance
+                if len(labels) > 1:
+                    raise
+                raise ConfigError(
+                    f"a batch of one image of {preprocessing.image_size} pixels is too little to "
+                    f"train on: {error}; raise batch-size or image-size, or give the client more "
+                    f"images"
+                ) from error
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        for step, (images, labels) in enumerate(_epochs(data, preprocessing, config, seed)):
-            batch = images.to(device), labels.to(device)
-            with allocator_peak(device) if step == 0 else nullcontext(peak) as peak:
-                loss = _step(model, optimizer, *batch)
-            if not math.isfinite(loss):
-                raise UpdateError(
-                    f"loss is {loss} at step {step} with learning rate {config.learning_rate}; "
-                    f"lower learning-rate"
-                )
-            total += loss * len(labels)
+        steps = enumerate(_epochs(source, len(data), views, config, seed, on_epoch))
+        with allocator_peak(next(model.parameters()).device) as peak:
+            train_on(islice(steps, 2))
+        train_on(steps)
     return LocalResult(
         num_examples=len(data),
-        loss=total / (len(data) * config.epochs),
+        loss=sum(losses) / (len(data) * config.epochs),
         peak_bytes=peak.bytes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _step(model: TransferModel, optimizer: SGD, images: Tensor, labels: Tensor) -> float:
+def _step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor, where: str) -> float:
     """Forward, backward, update; returns the loss."""
-    try:
-        loss = F.cross_entropy(model(images), labels)
-    except ValueError as error:  # of PyTorch's batch norm: one value a channel has no variance
-        if len(labels) > 1:
-            raise
-        raise ConfigError(
-            f"a batch of one image of {images.shape[-1]} pixels is too little to train on: "
-            f"{error}; raise batch-size or image-size, or give the client more images"
-        ) from error
+    loss = F.cross_entropy(model.from_features(x), labels)
+    if not math.isfinite(loss.item()):
+        raise UpdateError(f"loss is {loss.item()} {where}; lower learning-rate")
     loss.backward()
+    if not all(p.grad.isfinite().all() for p in optimizer.parameters if p.grad is not None):
+        raise UpdateError(f"a gradient is not finite {where}; lower learning-rate")
     optimizer.step()
     return loss.item()
 
 
 def _epochs(
-    data: ImageData, preprocessing: Preprocessing, config: LocalConfig, seed: int | Sequence[int]
+    source: FeatureSource,
+    length: int,
+    views: int,
+    config: LocalConfig,
+    seed: int | Sequence[int],
+    on_epoch: Callable[[int], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of all epochs, each in an order of its own."""
+    """Batches of all epochs, each in an order and with views of its own."""
     rng = np.random.default_rng(seed)
-    for _ in range(config.epochs):
-        order = rng.permutation(len(data))
-        yield from ImageBatches(data, preprocessing, config.batch_size, order)
+    for epoch in range(config.epochs):
+        order = rng.permutation(length)
+        drawn = rng.integers(views, size=length) if views > 1 else None
+        yield from source.batches(config.batch_size, order, drawn)
+        on_epoch(epoch)
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from fleet.config import RunConfig, read_config
 from fleet.data import ImageData, load_data
 from fleet.errors import ConfigError, FleetError, UpdateError
 from fleet.evaluation import Evaluation, evaluate
+from fleet.mobiletl import TransferModel
 from fleet.plan import make_plan
 from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
@@ -60,12 +61,13 @@ def run(grid: Grid, config: RunConfig) -> None:
         blocks=max(config.plan.choices),
         train_tail=config.plan.train_tail,
     )
+    model = TransferModel(backbone, plan)
     record = RunRecord.create(config.run_dir, config.as_settings() | {"clients": len(online)})
     log(INFO, "records go to %s", record.path)
 
     def evaluate_state(state: TrainableState) -> Evaluation:
         load(backbone.model, state)
-        return evaluate(backbone.model, test, backbone.preprocessing)
+        return evaluate(model, test, backbone.preprocessing, features=config.features)
 
     def end_round(report: RoundReport) -> None:
         if report.loss is not None and not math.isfinite(report.loss):

@@ -1,6 +1,7 @@
 """Labelled images: where they come from, how they are split, how they reach a model."""
 
-from fleet.data.batches import ImageBatches, to_tensor
+from fleet.data.augment import view_of
+from fleet.data.batches import ImageBatches, batch_positions, to_tensor
 from fleet.data.images import ImageData
 from fleet.data.partitions import partition
 from fleet.data.sources import BUILT_IN, load_data
@@ -10,8 +11,10 @@ __all__ = [
     "BUILT_IN",
     "ImageBatches",
     "ImageData",
+    "batch_positions",
     "load_data",
     "partition",
     "split_validation",
     "to_tensor",
+    "view_of",
 ]

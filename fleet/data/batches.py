@@ -47,13 +47,7 @@ class ImageBatches:
     """Batches of a data set, decoded as they are asked for.
 
     Each iteration yields (images, labels): (N, 3, S, S) float32 in channels_last
-    and (N,) int64. Batches differ by one example at most, so that the last one
-    does not spoil batch-norm statistics. None has a single example unless the
-    data has one or `batch_size` is 1; for that, an odd number of examples at
-    `batch_size` 2 makes one batch of 3.
-
-    Args:
-        order: positions to visit, in order; all, as they come, when left out.
+    and (N,) int64, in batches of `batch_positions`.
 
     Raises:
         ConfigError: for a batch size below 1.
@@ -66,12 +60,9 @@ class ImageBatches:
         batch_size: int,
         order: Sequence[int] | np.ndarray | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch-size must be at least 1, got {batch_size}")
         self._data = data
         self._preprocessing = preprocessing
-        order = np.arange(len(data)) if order is None else np.array(order, dtype=np.int64)
-        self._parts = np.array_split(order, _count(len(order), batch_size)) if len(order) else []
+        self._parts = batch_positions(len(data), batch_size, order)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -88,6 +79,33 @@ class ImageBatches:
         return images, torch.from_numpy(self._data.labels[part])
 
 
-def _count(num_examples: int, batch_size: int) -> int:
-    batches = -(-num_examples // batch_size)
-    return batches if batch_size == 1 else min(batches, max(1, num_examples // 2))
+def batch_positions(
+    length: int, batch_size: int, order: Sequence[int] | np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Which examples make up each batch.
+
+    Batches differ by one example at most, so that the last one does not spoil
+    batch-norm statistics. None has a single example unless there is only one or
+    `batch_size` is 1; for that, an odd number of examples at `batch_size` 2
+    makes one batch of 3.
+
+    Args:
+        length: examples there are.
+        batch_size: examples a batch.
+        order: positions to visit, in order; None: all, as they come.
+
+    Returns:
+        (N,) int64 positions of each batch.
+
+    Raises:
+        ConfigError: for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch-size must be at least 1, got {batch_size}")
+    order = np.arange(length) if order is None else np.array(order, dtype=np.int64)
+    if not len(order):
+        return []
+    batches = -(-len(order) // batch_size)
+    if batch_size > 1:
+        batches = min(batches, max(1, len(order) // 2))
+    return np.array_split(order, batches)

@@ -2,12 +2,13 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from fleet.data.images import UNREADABLE, ImageData, decode
+from fleet.data.images import UNREADABLE, ImageData, decode, digest
 from fleet.data.splits import TEST_NAMES, Split, choose_split, held_out
 from fleet.errors import ConfigError
 
@@ -73,8 +74,9 @@ def _load(root: Path, classes: tuple[str, ...], skip_unreadable: bool) -> ImageD
     if unreadable:
         _report(root, [(files[i], fault) for i, fault in unreadable.items()], skip_unreadable)
     good = [i for i in range(len(files)) if i not in unreadable]
-    read = partial(_read_file, tuple(files[i] for i in good))
-    return ImageData(str(root), classes, [labels[i] for i in good], read)
+    kept = tuple(files[i] for i in good)
+    read, identify = partial(_read_file, kept), partial(digest_file, kept)
+    return ImageData(str(root), classes, [labels[i] for i in good], read, identify)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -118,3 +120,8 @@ def _report(root: Path, faults: list[tuple[Path, str]], skip_unreadable: bool) -
 
 def _read_file(files: tuple[Path, ...], i: int) -> Image.Image:
     return decode(files[i], str(files[i]))
+
+
+def digest_file(files: Sequence[Path], i: int) -> bytes:
+    """The identity of image i of those that lie in files."""
+    return digest(files[i], str(files[i]))

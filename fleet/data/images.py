@@ -1,5 +1,6 @@
 """A labelled image set that holds labels in memory and decodes images on demand."""
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,8 @@ from fleet.errors import ConfigError
 
 # What Pillow raises for bytes that are no whole image, by format and by fault.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +30,14 @@ class ImageData:
         classes: names; a label is a position in them.
         labels: (N,) int64, read-only.
         read: i → image i in RGB. Picklable, so that worker processes can have it.
+        identify: i → `identity(i)` without decoding, where the source can; picklable too.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
     read: Callable[[int], Image.Image]
+    identify: Callable[[int], bytes] | None = None
 
     def __post_init__(self) -> None:
         labels = np.array(self.labels, dtype=np.int64)
@@ -41,11 +47,26 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def identity(self, i: int) -> bytes:
+        """16 bytes that stand for what image i shows, wherever it lies and whatever its name.
+
+        The BLAKE2b digest of its encoded bytes or its array, which need no decoding;
+        of size and RGB pixels where the source has neither.
+
+        Raises:
+            ConfigError: if it cannot be read.
+        """
+        if self.identify is not None:
+            return self.identify(i)
+        image = self.read(i)
+        return digest(b"%d x %d RGB" % image.size + image.tobytes())
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageData":
         """The examples at `indices`, in that order, with the same classes."""
         indices = np.array(indices, dtype=np.int64)
-        read = partial(_read_position, self.read, indices)
-        return replace(self, labels=self.labels[indices], read=read)
+        read = partial(_at, indices, self.read)
+        identify = None if self.identify is None else partial(_at, indices, self.identify)
+        return replace(self, labels=self.labels[indices], read=read, identify=identify)
 
 
 def decode(image: Path | bytes, where: str) -> Image.Image:
@@ -63,6 +84,23 @@ def decode(image: Path | bytes, where: str) -> Image.Image:
         ) from error
 
 
+def digest(image: Path | bytes | np.ndarray, where: str = "") -> bytes:
+    """The 16-byte BLAKE2b digest of a file, of bytes or of an array's values.
+
+    Raises:
+        ConfigError: if the file cannot be read; `where` names it.
+    """
+    if not isinstance(image, Path):
+        return hashlib.blake2b(image, digest_size=16).digest()
+    try:
+        with image.open("rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
+    except OSError as error:
+        raise ConfigError(
+            f"{where} cannot be read: {error}; remove it from the data or replace it"
+        ) from error
+
+
 def need(module: str, source: str, extra: str = "sim") -> ModuleType:
     """Import what only some sources need, so that a small device can do without.
 
@@ -77,5 +115,5 @@ def need(module: str, source: str, extra: str = "sim") -> ModuleType:
         ) from error
 
 
-def _read_position(read: Callable[[int], Image.Image], indices: np.ndarray, i: int) -> Image.Image:
-    return read(int(indices[i]))
+def _at(indices: np.ndarray, function: Callable[[int], T], i: int) -> T:
+    return function(int(indices[i]))

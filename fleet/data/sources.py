@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fleet.data.folders import load_folder
-from fleet.data.images import ImageData, need
+from fleet.data.folders import digest_file, load_folder
+from fleet.data.images import ImageData, digest, need
 from fleet.data.splits import Split, held_out, take_stratified
 from fleet.data.tables import SUFFIXES, load_hugging_face, load_table, table_files
 from fleet.errors import ConfigError
@@ -101,7 +101,8 @@ def _digits(split: Split) -> ImageData:
     digits = need("sklearn.datasets", "data digits").load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
     classes = tuple(str(name) for name in digits.target_names)
-    return held_out(ImageData("digits", classes, digits.target, partial(_read_grey, grey)), split)
+    read, identify = partial(_read_grey, grey), partial(_digest_array, grey)
+    return held_out(ImageData("digits", classes, digits.target, read, identify), split)
 
 
 def _read_grey(grey: np.ndarray, i: int) -> Image.Image:
@@ -124,8 +125,17 @@ def _torchvision(source: str, split: Split) -> ImageData:
             f"parquet folder or an ImageFolder directory as data"
         ) from error
     labels = loaded.targets if hasattr(loaded, "targets") else loaded._labels
-    return ImageData(source, tuple(loaded.classes), labels, partial(_read_item, loaded))
+    read = partial(_read_item, loaded)
+    if name.startswith("CIFAR"):
+        identify = partial(_digest_array, loaded.data)
+    else:
+        identify = partial(digest_file, loaded._image_files)
+    return ImageData(source, tuple(loaded.classes), labels, read, identify)
 
 
 def _read_item(loaded: Any, i: int) -> Image.Image:
     return loaded[i][0].convert("RGB")
+
+
+def _digest_array(images: np.ndarray, i: int) -> bytes:
+    return digest(images[i])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fleet.data.images import ImageData, decode, need
+from fleet.data.images import ImageData, decode, digest, need
 from fleet.data.splits import Split, choose_split, held_out
 from fleet.errors import ConfigError
 
@@ -141,7 +141,8 @@ def _build(source: str, parts: Mapping[str, _Part], split: Split) -> ImageData:
         tops = [_labels(source, s, p.read([label])[label]).max() for s, p in sides.items()]
         names = range(max(tops) + 1)
     read = partial(_read_row, source, table[image])
-    data = ImageData(source, tuple(str(name) for name in names), labels, read)
+    identify = partial(_digest_row, source, table[image])
+    data = ImageData(source, tuple(str(name) for name in names), labels, read, identify)
     return held_out(data, split) if cut else data
 
 
@@ -199,7 +200,15 @@ def _labels(source: str, split: str, column: Any) -> np.ndarray:
 
 
 def _read_row(source: str, column: Any, i: int) -> Image.Image:
+    return decode(_encoded(column, i), f"image {i} of {source}")
+
+
+def _digest_row(source: str, column: Any, i: int) -> bytes:
+    return digest(_encoded(column, i), f"image {i} of {source}")
+
+
+def _encoded(column: Any, i: int) -> Path | bytes:
     value = column[i].as_py()
     if isinstance(value, dict):
         value = value["bytes"] or Path(value.get("path") or "")
-    return decode(value, f"image {i} of {source}")
+    return value or b""  # a missing image is named as one that cannot be decoded

@@ -42,6 +42,9 @@ class TransferModel(nn.Module):
             just there. A fleet's devices cut where the widest plan does, as the
             steps above change from round to round.
 
+    Attributes:
+        frozen_steps: what `features` runs, of which nothing trains.
+
     Raises:
         PlanError: for a cut above the first step that trains.
     """
@@ -64,8 +67,9 @@ class TransferModel(nn.Module):
                 f"features cannot be cut at step {cut}, as step {first} is the first that trains; "
                 f"cut there or below"
             )
+        self.frozen_steps = backbone.steps[: self.cut]
         self._above_cut, self._trained = backbone.steps[self.cut :], backbone.steps[first:]
-        self._prefix = tuple(parts_of(backbone.steps[: self.cut]))
+        self._prefix = tuple(parts_of(self.frozen_steps))
         self._between = tuple(parts_of(backbone.steps[self.cut : first]))
         self.train()
         *parts, self._head = parts_of(self._trained)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fleet.optim import SGD
+from fleet.optim import SGD, stochastic_bfloat16
 
 SHAPES = [(4, 3, 3, 3), (5, 4), (7,), ()]
 
@@ -68,3 +68,51 @@ def test_step_imports_no_compiler():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("value", [1.001, -3.3e-5, 2.0, 0.0, 1e-40, -7.77e30])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(value):
+    torch.manual_seed(0)
+    x = torch.full((200_000,), value)
+    rounded = stochastic_bfloat16(x).double()
+    exact = x[0].bfloat16()
+    away = exact.nextafter(exact.new_tensor(float("inf") if x[0] > exact else float("-inf")))
+    neighbours = {exact.item(), away.item()} if x[0] != exact.float() else {value}
+    assert set(rounded.unique().tolist()) == neighbours
+    gap = abs(away.item() - exact.item())
+    assert abs(rounded.mean().item() - x[0].item()) <= 0.005 * gap  # four standard errors
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stochastic_rounding_keeps_every_value_in_its_place(layout):
+    x = torch.randn(3, 5, 4, 2).contiguous(memory_format=layout)
+    assert_close(stochastic_bfloat16(x).float(), x, rtol=2**-7, atol=0)
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    assert_close(stochastic_bfloat16(x).float(), x, equal_nan=True)
+
+
+def test_momentum_in_bfloat16_takes_half_the_room():
+    ours = parameters()
+    optimizer = SGD(ours, 0.1, 0.9, momentum_dtype=torch.bfloat16)
+    give_gradients(ours, torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert sum(v.nbytes for v in optimizer._velocity.values()) == 2 * sum(p.numel() for p in ours)
+
+
+def test_momentum_in_bfloat16_gathers_what_rounding_to_nearest_would_lose():
+    """Increments of 1/1000 of the velocity: the mean over elements is that of float32."""
+    torch.manual_seed(0)
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.zeros(20_000, requires_grad=True)
+        optimizer = SGD([weight], 1.0, momentum=0.999, momentum_dtype=dtype)
+        for step in range(50):
+            weight.grad = torch.full_like(weight, 1.0 if step == 0 else 0.002)
+            optimizer.step()
+        moved.append(weight.detach().mean())
+    assert_close(moved[1], moved[0], rtol=1e-3, atol=0)
+    velocity = torch.ones((), dtype=torch.bfloat16)
+    assert (velocity * 0.999 + 0.002).bfloat16() == velocity  # as to nearest it would have stayed

@@ -20,6 +20,7 @@ CONFIG = dict(
     batch_size=8,
     learning_rate=0.05,
     momentum=0.9,
+    momentum_dtype="float32",
     weight_decay=0.0,
     stash="recompute",
     device="cpu",
@@ -161,6 +162,38 @@ def test_loss_that_is_not_finite_ends_the_training(make_model, digits):
         UpdateError, match=r"loss is (nan|inf) at step [1-9]\d* with learning rate 1e\+20; lower"
     ):
         train_locally(model, digits, preprocessing, config(learning_rate=1e20), seed=0)
+
+
+def test_step_that_fails_leaves_the_parameters_as_they_were(make_model, digits):
+    """The loss is still finite, the gradient no more."""
+    model, preprocessing = make_model("full")
+    weight = model.model.classifier[-1].weight
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(
+        UpdateError, match=r"a gradient is not finite at step 0 with learning rate 0\.05; lower"
+    ):
+        train_locally(model, digits, preprocessing, config(), seed=0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_every_epoch_is_told_of(make_model, digits):
+    model, preprocessing = make_model()
+    epochs = []
+    train_locally(model, digits, preprocessing, config(epochs=3), seed=0, on_epoch=epochs.append)
+    assert epochs == [0, 1, 2]
+
+
+def test_peak_has_momentum_in_it(make_model, digits):
+    """On the second step it is there all the time."""
+    peaks = {}
+    for momentum in (0.0, 0.9):
+        model, preprocessing = make_model(image_size=32)
+        result = train_locally(model, digits, preprocessing, config(momentum=momentum), seed=0)
+        peaks[momentum] = result.peak_bytes
+    assert peaks[0.9] - peaks[0.0] == pytest.approx(
+        sum(p.nbytes for p in model.trainable_parameters()), rel=0.05
+    )
 
 
 def test_measuring_works_again_after_a_failed_first_step(make_model, digits):

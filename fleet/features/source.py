@@ -1,0 +1,153 @@
+"""A data set as the trained half of a model sees it: through the frozen half, or from a cache."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleet.backbones import Preprocessing, digest_of
+from fleet.config import FeatureConfig
+from fleet.data import ImageData, batch_positions, to_tensor, view_of
+from fleet.features.cache import FeatureCache
+from fleet.mobiletl import TransferModel
+from fleet.mobiletl.chunks import chunks, room
+from fleet.mobiletl.prefix import MICRO_BATCH
+
+_FORMAT = 1  # raised when the same key would mean other features
+
+
+class FeatureSource:
+    """Batches of what a model's frozen half makes of images.
+
+    Images are decoded and run a couple at a time: no batch of images is ever
+    held, only their features. With a cache an image that was seen before is
+    neither decoded nor run, and its features are rounded as the cache rounds
+    them, whether they come from disk or not: a run's result does not depend on
+    what is in the cache.
+
+    Args:
+        model: its `features` are what the batches hold. If its frozen half is
+            empty there is nothing to cache, and the batches hold images.
+        data: the images.
+        preprocessing: the backbone's.
+        config: cache and augmentation; None: neither.
+    """
+
+    def __init__(
+        self,
+        model: TransferModel,
+        data: ImageData,
+        preprocessing: Preprocessing,
+        config: FeatureConfig | None = None,
+    ) -> None:
+        self._model = model
+        self._data = data
+        self._preprocessing = preprocessing
+        self._config = config
+        self._device = next(model.parameters()).device
+        self._identities: dict[int, bytes] = {}  # position → identity, read once
+
+    def batches(
+        self,
+        batch_size: int,
+        order: Sequence[int] | np.ndarray | None = None,
+        views: np.ndarray | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and labels, batch after batch; batches differ by one example at most.
+
+        Args:
+            batch_size: examples.
+            order: positions to visit, in order; None: all, as they come.
+            views: (len(data),) which augmented view of each image; None: 0 of
+                all, which is the image itself.
+
+        Yields:
+            (N, …) float32 and (N,) int64, both on the model's device.
+        """
+        views = np.zeros(len(self._data), np.int64) if views is None else views
+        with self._open_cache() as cache:
+            for positions in batch_positions(len(self._data), batch_size, order):
+                labels = torch.from_numpy(self._data.labels[positions])
+                yield self._batch(positions, views, cache), labels.to(self._device)
+
+    def _batch(
+        self, positions: np.ndarray, views: np.ndarray, cache: FeatureCache | None
+    ) -> Tensor:
+        if cache is None:
+            return self._make(positions, views)
+        ids = [self._row_id(int(position), int(views[position])) for position in positions]
+        x, found = cache.read(ids)
+        x = x.to(self._device)
+        missing = (~found).nonzero()[:, 0].tolist()
+        if missing:
+            made = self._make(positions[missing], views)
+            cache.write([ids[row] for row in missing], made)
+            x[missing] = cache.round_trip(made)
+        return x
+
+    def _make(self, positions: np.ndarray, views: np.ndarray) -> Tensor:
+        """The frozen half's output (N, …) for images at `positions`."""
+        made = None
+        for part in chunks(len(positions), MICRO_BATCH):
+            images = [self._image(int(i), int(views[i])) for i in positions[part]]
+            batch = torch.stack(images).contiguous(memory_format=torch.channels_last)
+            y = self._model.features(batch.to(self._device))
+            made = room(y, len(positions)) if made is None else made
+            made[part] = y
+        return made
+
+    def _image(self, position: int, view: int) -> Tensor:
+        image = self._data.read(position)
+        if view:
+            image = view_of(image, self._config.augmentation, self._identity(position), view)
+        return to_tensor(image, self._preprocessing)
+
+    def _row_id(self, position: int, view: int) -> bytes:
+        identity = self._identity(position)
+        if not view:
+            return identity
+        about = f"{self._config.augmentation} {view}".encode()
+        return hashlib.blake2b(identity + about, digest_size=16).digest()
+
+    def _identity(self, position: int) -> bytes:
+        if position not in self._identities:
+            self._identities[position] = self._data.identity(position)
+        return self._identities[position]
+
+    def _open_cache(self) -> FeatureCache | nullcontext[None]:
+        config = self._config
+        if config is None or config.cache == "off" or not self._model.cut:
+            return nullcontext()
+        size = self._preprocessing.image_size
+        probe = self._model.features(torch.zeros(1, 3, size, size, device=self._device))
+        shape = tuple(probe.shape[1:])
+        return FeatureCache(
+            cache_directory(config),
+            features_key(self._model, self._preprocessing),
+            shape,
+            config.cache,
+            round(config.cache_mib * 2**20),
+        )
+
+
+def cache_directory(config: FeatureConfig) -> Path:
+    """Where features lie: the setting, else $FLEET_CACHE, else the user's cache."""
+    named = config.cache_dir or os.environ.get("FLEET_CACHE") or "~/.cache/fleet/features"
+    return Path(named).expanduser()
+
+
+def features_key(model: TransferModel, preprocessing: Preprocessing) -> str:
+    """SHA-256 over all that decides an image's features: weights as they are now, and structure."""
+    steps = [
+        (step.name, repr(step.module), digest_of(step.module) if step.module else "")
+        for step in model.frozen_steps
+    ]
+    facts = {"format": _FORMAT, "preprocessing": asdict(preprocessing), "steps": steps}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
