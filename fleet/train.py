@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fleet.backbones import Preprocessing
@@ -109,14 +108,13 @@ def train_locally(
 
 def _step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor, where: str) -> float:
     """Forward, backward, update; returns the loss."""
-    loss = F.cross_entropy(model.from_features(x), labels)
-    if not math.isfinite(loss.item()):
-        raise UpdateError(f"loss is {loss.item()} {where}; lower learning-rate")
-    loss.backward()
+    loss = model.gradients(x, labels).item()
+    if not math.isfinite(loss):
+        raise UpdateError(f"loss is {loss} {where}; lower learning-rate")
     if not all(p.grad.isfinite().all() for p in optimizer.parameters if p.grad is not None):
         raise UpdateError(f"a gradient is not finite {where}; lower learning-rate")
     optimizer.step()
-    return loss.item()
+    return loss
 
 
 def _epochs(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fleet.backbones import Backbone
@@ -89,7 +90,7 @@ class TransferModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, 3, S, S)."""
-        if not self.training or self.plan.method == "full":
+        if not self.training:
             return self.model(images)
         return self.from_features(self.features(images))
 
@@ -114,6 +115,20 @@ class TransferModel(nn.Module):
             else:
                 x = part_forward(part, x)
         return self._head.forward(frozen_tail(self._tail, x) if self._tail else x)
+
+    def gradients(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch; its gradients are added to the parameters' own.
+
+        Args:
+            x: (N, …) as `features` returns.
+            labels: (N,) int64.
+
+        Returns:
+            () the loss in nats, detached.
+        """
+        loss = F.cross_entropy(self.from_features(x), labels)
+        loss.backward()
+        return loss.detach()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""

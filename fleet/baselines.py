@@ -1,0 +1,135 @@
+"""What MobileTL is held against: other ways to fine-tune within less memory, on stock autograd.
+
+All of them train the model of a `TransferModel` and are used as one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fleet.backbones import Backbone
+from fleet.errors import ConfigError
+from fleet.mobiletl import TransferModel
+from fleet.mobiletl.chunks import chunks
+from fleet.mobiletl.prefix import MICRO_BATCH
+from fleet.plan import METHODS, make_plan
+
+
+class Checkpointed(TransferModel):
+    """Stock autograd that keeps each step's input and runs the step again in backward.
+
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost,
+    arXiv:1604.06174; `torch.utils.checkpoint`.
+    """
+
+    def from_features(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of what `features` returned."""
+        for step in self._trained:
+            if step.module is None:
+                x = step.forward(x)
+            else:
+                contexts = partial(_contexts, step.module)
+                x = checkpoint(step.forward, x, use_reentrant=False, context_fn=contexts)
+        return x
+
+
+class FrozenNorms(TransferModel):
+    """Stock autograd with every norm frozen and gradients accumulated, two images at a time.
+
+    The strong simple baseline: nothing couples the images of a batch, so the
+    gradient is the whole batch's.
+    """
+
+    def gradients(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch; its gradients are added to the parameters' own."""
+        loss = x.new_zeros(())
+        for part in chunks(len(x), MICRO_BATCH):
+            share = F.cross_entropy(self.from_features(x[part]), labels[part], reduction="sum")
+            (share / len(x)).backward()
+            loss += share.detach() / len(x)
+        return loss
+
+    def _stock_modules(self) -> list[nn.Module]:
+        return []
+
+
+def _full_checkpointed(backbone: Backbone, blocks: int) -> TransferModel:
+    return Checkpointed(backbone, make_plan(backbone, method="full", blocks=0))
+
+
+def _blocks_checkpointed(backbone: Backbone, blocks: int) -> TransferModel:
+    return Checkpointed(backbone, make_plan(backbone, method="blocks", blocks=blocks))
+
+
+def _frozen_norms(backbone: Backbone, blocks: int) -> TransferModel:
+    plan = make_plan(backbone, method="blocks", blocks=blocks)
+    specs = tuple(spec for spec in plan.specs if spec.role in ("weight", "bias"))
+    return FrozenNorms(backbone, replace(plan, specs=specs))
+
+
+def _bias_only(backbone: Backbone, blocks: int) -> TransferModel:
+    """TinyTL-B: the shifts of all blocks and of the tail, and the head.
+
+    No conv's input is kept, as in the original; MobileNets' convs have no
+    biases but their norms' shifts.
+
+    Source: Cai et al., TinyTL, NeurIPS 2020, arXiv:2007.11622.
+    """
+    everything = len(backbone.blocks)
+    plan = make_plan(backbone, method="shifts", blocks=everything, train_tail=True)
+    return TransferModel(backbone, plan)
+
+
+BASELINES: dict[str, Callable[[Backbone, int], TransferModel]] = {
+    "full+checkpoint": _full_checkpointed,
+    "blocks+checkpoint": _blocks_checkpointed,
+    "blocks+frozen-norms": _frozen_norms,
+    "bias-only": _bias_only,
+}
+CONTENDERS = (*METHODS, *BASELINES)
+
+
+def contender(
+    backbone: Backbone, method: str, blocks: int, stash: str = "recompute"
+) -> TransferModel:
+    """A backbone ready to train by a method of update plans or by a baseline.
+
+    Args:
+        method: one of `CONTENDERS`.
+        blocks: top blocks; those methods that have no choice take no notice.
+        stash: of `mobiletl`.
+
+    Raises:
+        ConfigError: for an unknown method.
+        PlanError: for more blocks than there are.
+    """
+    if method in BASELINES:
+        return BASELINES[method](backbone, blocks)
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method}; known: {', '.join(CONTENDERS)}")
+    blocks = 0 if method in ("full", "head") else blocks
+    return TransferModel(backbone, make_plan(backbone, method=method, blocks=blocks), stash)
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _statistics_held(module)
+
+
+@contextmanager
+def _statistics_held(module: nn.Module) -> Iterator[None]:
+    """Running the module again for backward must not count its batch twice."""
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
