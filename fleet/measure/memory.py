@@ -19,7 +19,7 @@ from torch.autograd import (
 class SavedBytes:
     """Storages that autograd keeps for backward, in the order in which it kept them."""
 
-    storages: dict[int, int] = field(default_factory=dict)  # address → bytes
+    storages: dict[int, int] = field(default_factory=dict)  # storage → bytes
 
     @property
     def total(self) -> int:
@@ -34,13 +34,14 @@ def saved_for_backward(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     Args:
         exclude: tensors that exist anyway, such as parameters and buffers.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    known = {tensor.untyped_storage()._cdata for tensor in exclude}
     saved = SavedBytes()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved.storages[storage.data_ptr()] = storage.nbytes()
+        # By the storage's own address: that of its bytes is 0 on device "meta".
+        if storage._cdata not in known:
+            saved.storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

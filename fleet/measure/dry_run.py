@@ -1,0 +1,175 @@
+"""What a training step will need, found out by running its own code without data.
+
+Every tensor of the run is on PyTorch's device "meta": it has a shape and a
+layout, but no memory. So the step goes through the very operations that
+training goes through, allocates nothing and takes a fraction of the time.
+"""
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fleet.backbones import Backbone
+from fleet.measure.flops import FlopCount
+from fleet.measure.memory import saved_for_backward
+from fleet.measure.scratch import scratch_bytes
+from fleet.measure.shapes import shape_only
+from fleet.mobiletl import TransferModel
+from fleet.optim import SGD
+from fleet.plan import UpdatePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one training step needs; bytes beyond model and batch, FLOPs of the batch.
+
+    Attributes:
+        peak_bytes: the most that lives at once.
+        saved_bytes: kept for backward after the forward pass.
+        flops_prefix: of the frozen part; 0 if its output is cached.
+        flops_forward: of the rest, up to the loss.
+        flops_backward: of backward, what it computes anew included.
+    """
+
+    peak_bytes: int
+    saved_bytes: int
+    flops_prefix: int
+    flops_forward: int
+    flops_backward: int
+
+
+def dry_run(
+    backbone: Backbone,
+    plan: UpdatePlan,
+    stash: str = "recompute",
+    *,
+    batch_size: int,
+    cached: bool = False,
+    momentum: bool = True,
+) -> StepCost:
+    """Predict the first training step of a plan on the CPU; nothing trains.
+
+    `python -m simulations.benchmark_planner` holds it against steps that run.
+    Not foreseen is what depends on values: branches that stochastic depth
+    drops, and norms with scales near nought, cost `recompute` a little more.
+
+    Args:
+        backbone: tells classes and image size; is not touched.
+        stash: as `TransferModel` takes it.
+        batch_size: images.
+        cached: the batch is the frozen part's output, not images.
+        momentum: the optimiser keeps a buffer for each gradient.
+    """
+    twin = weightless(backbone)
+    model = TransferModel(twin, plan, stash)
+    optimizer = SGD(model.trainable_parameters(), 1.0, momentum=0.9 if momentum else 0.0)
+    size = backbone.preprocessing.image_size
+    batch = torch.empty(batch_size, 3, size, size, device="meta").to(
+        memory_format=torch.channels_last
+    )
+    labels = torch.empty(batch_size, dtype=torch.long, device="meta")
+    if cached:
+        with _Ledger([]):
+            batch = model.features(batch)
+    there = [batch, labels, *twin.model.parameters(), *twin.model.buffers()]
+    with _Ledger(there) as ledger, saved_for_backward(exclude=there) as saved:
+        features = batch if cached else model.features(batch)
+        flops_prefix = ledger.total
+        loss = F.cross_entropy(model.from_features(features), labels)
+        del features
+        flops_forward = ledger.total - flops_prefix
+        saved_bytes = saved.total
+        loss.backward()
+        flops_backward = ledger.total - flops_prefix - flops_forward
+        optimizer.step()
+    return StepCost(
+        peak_bytes=ledger.highest,
+        saved_bytes=saved_bytes,
+        flops_prefix=flops_prefix,
+        flops_forward=flops_forward,
+        flops_backward=flops_backward,
+    )
+
+
+def weightless(backbone: Backbone) -> Backbone:
+    """A copy of a backbone whose parameters and buffers have no memory (device "meta")."""
+    twins: dict[int, Any] = {}
+    for parameter in backbone.model.parameters():
+        twin = nn.Parameter(_without_memory(parameter), requires_grad=parameter.requires_grad)
+        twins[id(parameter)] = twin
+    for buffer in backbone.model.buffers():
+        twins[id(buffer)] = _without_memory(buffer)
+    return copy.deepcopy(backbone, twins)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+class _Ledger(FlopCount):
+    """Bytes of the storages that live at once, in the order in which they come and go."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.highest = 0
+        self._live = 0
+        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in there}
+
+    def run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
+        """Run on shapes alone; book the results, and what the operation needs meanwhile."""
+        if func is torch.ops.aten.add.Tensor and (total := _gathered(args)) is not None:
+            return total
+        out = shape_only(func, args, kwargs)
+        if func is torch.ops.aten.empty_like.default and kwargs.get("device") is not None:
+            return out  # asked for without memory: the code remembers a layout
+        self._book(out)
+        self.highest = max(self.highest, self._live + scratch_bytes(func, args, out))
+        return out
+
+    def _book(self, out: Any) -> None:
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._live += size
+                self._known[key] = weakref.ref(storage, self._forget(key, size))
+
+    def _forget(self, key: int, size: int) -> Any:
+        def forget(_: Any) -> None:
+            del self._known[key]
+            self._live -= size
+
+        return forget
+
+
+def _gathered(args: tuple) -> Tensor | None:
+    """The summand that autograd would add into, if it is autograd that adds.
+
+    Where gradients of one tensor meet, its engine adds in place to one that it
+    alone holds, but not while operations are watched. Should another PyTorch
+    count holders differently, no sum is in place and the peak rather too high.
+    """
+    caller = sys._getframe(3).f_code.co_name  # of `__torch_dispatch__`
+    if caller != "_engine_run_backward" or torch.is_grad_enabled():
+        return None
+    for summand in args[:2]:
+        holders = getattr(summand, "_use_count", int)()
+        storage_holders = torch._C._storage_Use_Count(summand.untyped_storage()._cdata)
+        if (holders, storage_holders) == (_HOLDERS, 2) and 0 not in summand.stride():
+            return summand
+    return None
+
+
+# Of a tensor that only the engine holds, while an operation on it is watched: measured.
+_HOLDERS = 4
