@@ -29,7 +29,7 @@ from fleet.train import train_locally
 EPOCHS, BATCH_SIZE = 3, 32
 TRAIN, VALIDATION, TEST = 5000, 1000, 5000  # images
 TUNING = 2000  # training images of a run that only compares learning rates
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
