@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -78,9 +78,9 @@ def train_locally(
     views = features.views if features else 1
     started, losses = time.perf_counter(), []
 
-    def train_on(steps: Iterator[tuple[int, tuple[Tensor, Tensor]]]) -> None:
-        for step, (x, labels) in steps:
-            where = f"at step {step} with learning rate {config.learning_rate}"
+    def train_on(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for x, labels in batches:
+            where = f"at step {len(losses)} with learning rate {config.learning_rate}"
             try:
                 losses.append(_step(model, optimizer, x, labels, where) * len(labels))
             except ValueError as error:  # of batch norm: one value a channel has no variance
@@ -91,13 +91,14 @@ def train_locally(
                     f"train on: {error}; raise batch-size or image-size, or give the client more "
                     f"images"
                 ) from error
+            del x, labels  # before the next batch is made
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        steps = enumerate(_epochs(source, len(data), views, config, seed, on_epoch))
+        batches = _epochs(source, len(data), views, config, seed, on_epoch)
         with allocator_peak(next(model.parameters()).device) as peak:
-            train_on(islice(steps, 2))
-        train_on(steps)
+            train_on(islice(batches, 2))
+        train_on(batches)
     return LocalResult(
         num_examples=len(data),
         loss=sum(losses) / (len(data) * config.epochs),

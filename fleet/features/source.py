@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -81,27 +81,27 @@ class FeatureSource:
         self, positions: np.ndarray, views: np.ndarray, cache: FeatureCache | None
     ) -> Tensor:
         if cache is None:
-            return self._make(positions, views)
+            return run_in_parts(
+                self._model, len(positions), lambda part: self._images(positions[part], views)
+            )
         ids = [self._row_id(int(position), int(views[position])) for position in positions]
         x, found = cache.read(ids)
         x = x.to(self._device)
-        missing = (~found).nonzero()[:, 0].tolist()
-        if missing:
-            made = self._make(positions[missing], views)
-            cache.write([ids[row] for row in missing], made)
-            x[missing] = cache.round_trip(made)
+        missing = (~found).nonzero()[:, 0].numpy()
+        for part in chunks(len(missing), MICRO_BATCH):
+            rows = missing[part]
+            made = self._model.features(self._images(positions[rows], views))
+            cache.write([ids[row] for row in rows], made)
+            x[rows] = cache.round_trip(made)
         return x
 
-    def _make(self, positions: np.ndarray, views: np.ndarray) -> Tensor:
-        """The frozen half's output (N, …) for images at `positions`."""
-        made = None
-        for part in chunks(len(positions), MICRO_BATCH):
-            images = [self._image(int(i), int(views[i])) for i in positions[part]]
-            batch = torch.stack(images).contiguous(memory_format=torch.channels_last)
-            y = self._model.features(batch.to(self._device))
-            made = room(y, len(positions)) if made is None else made
-            made[part] = y
-        return made
+    def _images(self, positions: np.ndarray, views: np.ndarray) -> Tensor:
+        """Images (N, 3, S, S) in channels_last, on the model's device."""
+        size = self._preprocessing.image_size
+        images = torch.empty(len(positions), 3, size, size, memory_format=torch.channels_last)
+        for row, position in enumerate(positions):
+            images[row] = self._image(int(position), int(views[position]))
+        return images.to(self._device)
 
     def _image(self, position: int, view: int) -> Tensor:
         image = self._data.read(position)
@@ -135,6 +135,24 @@ class FeatureSource:
             config.cache,
             round(config.cache_mib * 2**20),
         )
+
+
+def run_in_parts(model: TransferModel, length: int, images: Callable[[slice], Tensor]) -> Tensor:
+    """A batch's features, its images asked for a couple at a time.
+
+    Args:
+        length: N, images in the batch.
+        images: a part of the batch → its images (n, 3, S, S).
+
+    Returns:
+        (N, …) as `model.features` gives them.
+    """
+    made = None
+    for part in chunks(length, MICRO_BATCH):
+        y = model.features(images(part))
+        made = room(y, length) if made is None else made
+        made[part] = y
+    return made
 
 
 def cache_directory(config: FeatureConfig) -> Path:

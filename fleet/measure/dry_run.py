@@ -19,22 +19,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fleet.backbones import Backbone
+from fleet.features import run_in_parts
 from fleet.measure.flops import FlopCount
 from fleet.measure.memory import saved_for_backward
 from fleet.measure.scratch import scratch_bytes
 from fleet.measure.shapes import shape_only
 from fleet.mobiletl import TransferModel
+from fleet.mobiletl.chunks import room
 from fleet.optim import SGD
 from fleet.plan import UpdatePlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What one training step needs; bytes beyond model and batch, FLOPs of the batch.
+    """What one training step needs; bytes beyond the loaded model, FLOPs of the batch.
 
     Attributes:
-        peak_bytes: the most that lives at once.
-        saved_bytes: kept for backward after the forward pass.
+        peak_bytes: the most that lives at once, the batch and momentum among it.
+        saved_bytes: kept for backward after the forward pass, beside the batch.
         flops_prefix: of the frozen part; 0 if its output is cached.
         flops_forward: of the rest, up to the loss.
         flops_backward: of backward, what it computes anew included.
@@ -54,11 +56,13 @@ def dry_run(
     *,
     batch_size: int,
     cached: bool = False,
-    momentum: bool = True,
+    momentum: float = 0.9,
+    momentum_dtype: torch.dtype = torch.float32,
 ) -> StepCost:
-    """Predict the first training step of a plan on the CPU; nothing trains.
+    """Predict any but the first training step of a plan on the CPU; nothing trains.
 
-    `python -m simulations.benchmark_planner` holds it against steps that run.
+    The first has no momentum yet, and needs less. `python -m
+    simulations.benchmark_planner` holds predictions against steps that run.
     Not foreseen is what depends on values: branches that stochastic depth
     drops, and norms with scales near nought, cost `recompute` a little more.
 
@@ -66,38 +70,53 @@ def dry_run(
         backbone: tells classes and image size; is not touched.
         stash: as `TransferModel` takes it.
         batch_size: images.
-        cached: the batch is the frozen part's output, not images.
-        momentum: the optimiser keeps a buffer for each gradient.
+        cached: the frozen part's output is there; else images are run, two at
+            a time.
+        momentum: of the optimiser; 0 keeps no buffers.
+        momentum_dtype: of its buffers.
     """
     twin = weightless(backbone)
     model = TransferModel(twin, plan, stash)
-    optimizer = SGD(model.trainable_parameters(), 1.0, momentum=0.9 if momentum else 0.0)
-    size = backbone.preprocessing.image_size
-    batch = torch.empty(batch_size, 3, size, size, device="meta").to(
-        memory_format=torch.channels_last
+    optimizer = SGD(
+        model.trainable_parameters(), 1.0, momentum=momentum, momentum_dtype=momentum_dtype
     )
+    cached = cached and model.cut > 0
+    with _Ledger([]):  # one that nobody asks
+        like = _run_images(model, 1) if cached else None
     labels = torch.empty(batch_size, dtype=torch.long, device="meta")
-    if cached:
-        with _Ledger([]):
-            batch = model.features(batch)
-    there = [batch, labels, *twin.model.parameters(), *twin.model.buffers()]
-    with _Ledger(there) as ledger, saved_for_backward(exclude=there) as saved:
-        features = batch if cached else model.features(batch)
+    there = [labels, *twin.model.parameters(), *twin.model.buffers()]
+    with _Ledger(there) as ledger:
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes the buffers
+        ledger.highest, ledger.total = 0, 0
+        x = room(like, batch_size) if cached else _run_images(model, batch_size)
         flops_prefix = ledger.total
-        loss = F.cross_entropy(model.from_features(features), labels)
-        del features
+        with saved_for_backward(exclude=[x, *there]) as saved:
+            loss = F.cross_entropy(model.from_features(x), labels)
         flops_forward = ledger.total - flops_prefix
-        saved_bytes = saved.total
         loss.backward()
+        del x
         flops_backward = ledger.total - flops_prefix - flops_forward
         optimizer.step()
     return StepCost(
         peak_bytes=ledger.highest,
-        saved_bytes=saved_bytes,
+        saved_bytes=saved.total,
         flops_prefix=flops_prefix,
         flops_forward=flops_forward,
         flops_backward=flops_backward,
     )
+
+
+def _run_images(model: TransferModel, batch_size: int) -> Tensor:
+    """Features as `FeatureSource` makes them of a batch of images."""
+    size = model.backbone.preprocessing.image_size
+
+    def images(part: slice) -> Tensor:
+        shape = (part.stop - part.start, 3, size, size)
+        return torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
+
+    return run_in_parts(model, batch_size, images)
 
 
 def weightless(backbone: Backbone) -> Backbone:

@@ -58,6 +58,7 @@ class TransferModel(nn.Module):
         cut: int | None = None,
     ) -> None:
         super().__init__()
+        self.backbone = backbone
         self.model = backbone.model
         self.plan = plan
         self.stash = check_stash(stash if plan.method == "mobiletl" else "published")
