@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from fleet.errors import ConfigError
-from fleet.structure import InvertedResidual, Step, trace
+from fleet.structure import InvertedResidual, Step, UnknownBlock, trace
 from fleet.weights import download, load_into, packaged_lite0, read_classes, read_weights
 
 LITE0 = "efficientnet_lite0"  # the default; `timm:efficientnet_lite0` is timm's own training of it
@@ -54,8 +54,8 @@ class Backbone:
     step_digests: Mapping[str, str]
 
     @property
-    def blocks(self) -> tuple[InvertedResidual, ...]:
-        """Inverted-residual blocks, from the image upwards."""
+    def blocks(self) -> tuple[InvertedResidual | UnknownBlock, ...]:
+        """What top k counts, from the image upwards: inverted residuals, and unknown blocks above."""
         return tuple(step.block for step in self.steps if step.block is not None)
 
     @property

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
     from fleet.backbones import Backbone
+    from fleet.structure import Step
 
 Method = Literal["mobiletl", "head", "shifts", "blocks", "full"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -175,13 +176,12 @@ def make_plan(
         raise PlanError(f"blocks is {blocks}, {backbone.name} has {count}; choose 0 to {count}")
     depths = _depths(backbone, method, blocks, train_tail)
     order = {name: i for i, name in enumerate(backbone.model.state_dict())}
-    head = backbone.steps[-1]
     specs = [
         spec
         for step in backbone.steps
         if step.name in depths and step.module is not None
         for spec in _specs(
-            step.name, step.module, "head" if step is head else method, depths[step.name]
+            step.name, step.module, _method_of(step, backbone, method), depths[step.name]
         )
     ]
     return UpdatePlan(
@@ -194,6 +194,15 @@ def make_plan(
         train_tail=train_tail or method == "full",
         specs=tuple(sorted(specs, key=lambda spec: order[spec.name])),
     )
+
+
+def _method_of(step: "Step", backbone: "Backbone", method: str) -> str:
+    """The method by which a plan's method trains one step."""
+    from fleet.structure import UnknownBlock  # here, as configuration needs no PyTorch
+
+    if step is backbone.steps[-1]:
+        return "head"
+    return "blocks" if method == "mobiletl" and isinstance(step.block, UnknownBlock) else method
 
 
 def _depths(backbone: "Backbone", method: str, blocks: int, train_tail: bool) -> dict[str, int]:

@@ -7,8 +7,10 @@ squeeze-excite and a shortcut beside, and if running those leaves in that
 order gives what the block itself gives.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -53,19 +55,28 @@ class InvertedResidual:
 
 
 @dataclass(frozen=True, eq=False)
+class UnknownBlock:
+    """A block that is no inverted residual; stock autograd trains it."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """One step of the chain that a model is: its input is the step before."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
     module: nn.Module | None  # None: a function without state, such as flatten
-    block: InvertedResidual | None = None
+    block: InvertedResidual | UnknownBlock | None = None
 
 
 def trace(model: nn.Module) -> tuple[Step, ...]:
     """Read a model as a chain of steps, its inverted residuals recognised.
 
-    The model is left in eval mode.
+    Other blocks above the first of them are `UnknownBlock`s, of which one
+    warning tells. The model is left in eval mode.
 
     Raises:
         ConfigError: if it holds no inverted residual, or is no plain chain.
@@ -77,8 +88,7 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
             f"{type(model).__name__} has no inverted-residual blocks, which this project "
             f"trains; choose a mobile CNN such as mobilenet_v2 or efficientnet_lite0"
         )
-    steps = tuple(_chain(model, blocks))
-    _refuse_unknown_blocks(model, steps)
+    steps = _with_unknown_blocks(model, tuple(_chain(model, blocks)))
     probe = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         y = probe
@@ -91,21 +101,31 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
     return steps
 
 
-def _refuse_unknown_blocks(model: nn.Module, steps: tuple[Step, ...]) -> None:
+def _with_unknown_blocks(model: nn.Module, steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Above the first block that we know, "the top k" must not skip any other."""
     first = next(i for i, step in enumerate(steps) if step.block)
-    unknown = [
-        step.name
-        for step in steps[first:]
-        if step.block is None
-        and step.module is not None
-        and sum(isinstance(part, nn.Conv2d) for part in step.module.modules()) > 1
-    ]
+    marked = [*steps[:first], *(_marked(step) for step in steps[first:])]
+    unknown = [step.name for step in marked if isinstance(step.block, UnknownBlock)]
     if unknown:
-        raise ConfigError(
+        _warn(
             f"{type(model).__name__} has {len(unknown)} blocks that are no inverted residuals "
-            f"above the first that is ({', '.join(unknown[:3])}, …); choose another backbone"
+            f"({', '.join(unknown[:3])}{', …' if unknown[3:] else ''}): stock autograd trains "
+            f"these, and keeps more"
         )
+    return tuple(marked)
+
+
+def _marked(step: Step) -> Step:
+    """A step with several convs is a block, if none that we know."""
+    if step.block is not None or step.module is None:
+        return step
+    convs = sum(isinstance(part, nn.Conv2d) for part in step.module.modules())
+    return replace(step, block=UnknownBlock(step.name, step.module)) if convs > 1 else step
+
+
+@cache  # once a process: every client of a simulation may read the same model
+def _warn(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def parts_of(steps: tuple[Step, ...]) -> Iterator[InvertedResidual | Unit | Step]:
@@ -113,7 +133,7 @@ def parts_of(steps: tuple[Step, ...]) -> Iterator[InvertedResidual | Unit | Step
     rest = list(steps)
     while rest:
         unit, length = _leading_unit(rest)
-        if rest[0].block is not None:
+        if isinstance(rest[0].block, InvertedResidual):
             yield rest.pop(0).block
         elif unit is not None:
             yield unit

@@ -36,6 +36,7 @@ class StepCost:
 
     Attributes:
         peak_bytes: the most that lives at once, the batch and momentum among it.
+        peak_in: what takes it: the frozen part, forward, backward or the optimiser.
         saved_bytes: kept for backward after the forward pass, beside the batch.
         flops_prefix: of the frozen part; 0 if its output is cached.
         flops_forward: of the rest, up to the loss.
@@ -43,6 +44,7 @@ class StepCost:
     """
 
     peak_bytes: int
+    peak_in: str
     saved_bytes: int
     flops_prefix: int
     flops_forward: int
@@ -58,6 +60,7 @@ def dry_run(
     cached: bool = False,
     momentum: float = 0.9,
     momentum_dtype: torch.dtype = torch.float32,
+    cut: int | None = None,
 ) -> StepCost:
     """Predict any but the first training step of a plan on the CPU; nothing trains.
 
@@ -74,9 +77,10 @@ def dry_run(
             a time.
         momentum: of the optimiser; 0 keeps no buffers.
         momentum_dtype: of its buffers.
+        cut: as `TransferModel` takes it.
     """
     twin = weightless(backbone)
-    model = TransferModel(twin, plan, stash)
+    model = TransferModel(twin, plan, stash, cut)
     optimizer = SGD(
         model.trainable_parameters(), 1.0, momentum=momentum, momentum_dtype=momentum_dtype
     )
@@ -90,17 +94,22 @@ def dry_run(
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes the buffers
         ledger.highest, ledger.total = 0, 0
+        ledger.phase = "the frozen part"
         x = room(like, batch_size) if cached else _run_images(model, batch_size)
         flops_prefix = ledger.total
+        ledger.phase = "forward"
         with saved_for_backward(exclude=[x, *there]) as saved:
             loss = F.cross_entropy(model.from_features(x), labels)
         flops_forward = ledger.total - flops_prefix
+        ledger.phase = "backward"
         loss.backward()
         del x
         flops_backward = ledger.total - flops_prefix - flops_forward
+        ledger.phase = "the optimiser"
         optimizer.step()
     return StepCost(
         peak_bytes=ledger.highest,
+        peak_in=ledger.peak_in,
         saved_bytes=saved.total,
         flops_prefix=flops_prefix,
         flops_forward=flops_forward,
@@ -140,6 +149,7 @@ class _Ledger(FlopCount):
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.highest = 0
+        self.phase = self.peak_in = ""
         self._live = 0
         self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in there}
 
@@ -151,7 +161,9 @@ class _Ledger(FlopCount):
         if func is torch.ops.aten.empty_like.default and kwargs.get("device") is not None:
             return out  # asked for without memory: the code remembers a layout
         self._book(out)
-        self.highest = max(self.highest, self._live + scratch_bytes(func, args, out))
+        needed = self._live + scratch_bytes(func, args, out)
+        if needed > self.highest:
+            self.highest, self.peak_in = needed, self.phase
         return out
 
     def _book(self, out: Any) -> None:

@@ -14,7 +14,7 @@ from fleet.mobiletl.inverted_residual import fits, inverted_residual
 from fleet.mobiletl.prefix import run_prefix
 from fleet.mobiletl.stash import check_stash
 from fleet.plan import UpdatePlan
-from fleet.structure import InvertedResidual, Step, Unit, parts_of
+from fleet.structure import InvertedResidual, Step, Unit, UnknownBlock, parts_of
 
 
 class TransferModel(nn.Module):
@@ -30,6 +30,7 @@ class TransferModel(nn.Module):
       `mobiletl`, `shifts` and `head` with operations that keep little for
       backward, `mobiletl` as the stash says; `blocks` with stock autograd and
       norms in training mode, as `full` for the whole model, dropout included.
+      Blocks whose structure is unknown `mobiletl` trains as `blocks` does.
 
     In eval mode `forward` *is* the original model. A parameter has one
     `requires_grad`: of several `TransferModel`s on one backbone, the one whose
@@ -114,7 +115,7 @@ class TransferModel(nn.Module):
             if self.stash != "published" and isinstance(part, InvertedResidual) and fits(part):
                 x = inverted_residual(part, x, self.stash)
             else:
-                x = part_forward(part, x)
+                x = part_forward(part, x, exact=self.stash != "published")
         return self._head.forward(frozen_tail(self._tail, x) if self._tail else x)
 
     def gradients(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -147,7 +148,13 @@ class TransferModel(nn.Module):
             return [self.model]
         if self.plan.method == "blocks":
             return [step.module for step in self._trained if trains(step, self.plan)]
-        return [s.block.drop_path for s in self._trained if s.block and s.block.drop_path]
+        stock = []
+        for step in self._trained:
+            if isinstance(step.block, InvertedResidual) and step.block.drop_path is not None:
+                stock.append(step.block.drop_path)
+            elif isinstance(step.block, UnknownBlock) and self.plan.method == "mobiletl":
+                stock.append(step.module)
+        return stock
 
 
 def _frozen_tail(parts: Sequence[InvertedResidual | Unit | Step]) -> int:

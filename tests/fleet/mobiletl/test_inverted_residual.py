@@ -440,17 +440,7 @@ def reference(backbone, blocks, train_tail=False):
         for part in top.modules():
             if type(part).__name__ in ("StochasticDepth", "DropPath"):
                 part.train()
-    if train_tail and backbone.name.startswith("mobilenet_v3"):  # its mask is the published one
-        model.features[-1][-1] = OneAboveZero()
     return model.requires_grad_(True)
-
-
-class OneAboveZero(nn.Module):
-    """Hard-swish with the derivative 1[x > 0]."""
-
-    def forward(self, x):
-        ramp = torch.where(x > 0, x, 0)
-        return ramp + (F.hardswish(x) - ramp).detach()
 
 
 def loss_of(model, x):

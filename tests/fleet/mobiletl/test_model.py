@@ -217,3 +217,42 @@ def test_cut_above_the_first_trained_step_is_refused(random_backbone):
         PlanError, match=f"cut at step {first + 1}, as step {first} is the first that trains"
     ):
         TransferModel(backbone, plan, cut=first + 1)
+
+
+@pytest.mark.parametrize("stash", ["recompute", "int8"])
+def test_unknown_blocks_train_by_stock_autograd(random_backbone, images, stash):
+    """All of mixnet's blocks but the first mix kernel sizes; the top ones train as `blocks`."""
+    results = []
+    for method in ("mobiletl", "blocks"):
+        backbone = random_backbone("timm:mixnet_s")
+        backbone.model.double()
+        plan = make_plan(backbone, method=method, blocks=3)
+        model = TransferModel(backbone, plan, stash)
+        logits = model(images(4).double())
+        logits.square().sum().backward()
+        gradients = {n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad}
+        results.append((logits, gradients, snapshot(backbone.model), plan.by_name.keys()))
+    assert_close(*[result[:3] for result in results])
+    assert results[0][3] == results[1][3]
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_large_100", "mobilenet_v3_small"])
+def test_tail_that_trains_is_exact(random_backbone, images, name):
+    """Its hard-swish has its own derivative, unless the published method is asked for."""
+    gradients = {}
+    for stash in ("recompute", "published", "stock"):
+        backbone = random_backbone(name)
+        backbone.model.double()
+        method = "blocks" if stash == "stock" else "mobiletl"
+        plan = make_plan(backbone, method=method, blocks=0, train_tail=True)
+        model = TransferModel(backbone, plan, "recompute" if stash == "stock" else stash)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(images(4).double()).square().sum().backward()
+        gradients[stash] = {
+            n: p.grad for n, p in backbone.model.named_parameters() if p.grad is not None
+        }
+    weight = next(iter(gradients["stock"]))
+    assert_close(gradients["recompute"][weight], gradients["stock"][weight])
+    assert not torch.allclose(gradients["published"][weight], gradients["stock"][weight])

@@ -1,0 +1,198 @@
+"""Memory budget in, update plan out.
+
+Candidates run on tensors without storage (`fleet.measure.dry_run`); the one
+that trains the most blocks is taken, of these the most exact stash, and of
+these the largest batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from fleet.backbones import Backbone
+from fleet.errors import ConfigError
+from fleet.measure import StepCost, dry_run
+from fleet.mobiletl import first_trained_step
+from fleet.plan import UpdatePlan
+
+# From the most exact on; of the two that round nothing, the faster first.
+STASHES_BY_EXACTNESS = ("float32", "recompute", "bfloat16", "int8")
+BATCH_SIZES = (8, 16, 32)
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affordable:
+    """The largest plan within a budget.
+
+    Attributes:
+        plan: what trains; of 0 blocks, the head alone.
+        stash: what `mobiletl` keeps for backward.
+        batch_size: images a step.
+        first: predicted cost of a step on images.
+        later: the same on features from the cache.
+        why_not_larger: what the next larger plan would need; empty if there is none.
+    """
+
+    plan: UpdatePlan
+    stash: str
+    batch_size: int
+    first: StepCost
+    later: StepCost
+    why_not_larger: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted allocator peak beyond the loaded model."""
+        return max(self.first.peak_bytes, self.later.peak_bytes)
+
+    def flops_an_epoch(self, num_examples: int) -> tuple[int, int]:
+        """Of the first epoch, and of a later one, whose features come from the cache."""
+        first, later = (
+            cost.flops_prefix + cost.flops_forward + cost.flops_backward
+            for cost in (self.first, self.later)
+        )
+        return first * num_examples // self.batch_size, later * num_examples // self.batch_size
+
+
+def afford(
+    backbone: Backbone,
+    widest: UpdatePlan,
+    budget_bytes: int,
+    *,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    stashes: tuple[str, ...] = STASHES_BY_EXACTNESS,
+    momentum: float = 0.9,
+    momentum_dtype: torch.dtype = torch.float32,
+    in_fleet: bool = False,
+) -> Affordable:
+    """The largest sub-plan of `widest` whose training fits into a budget.
+
+    Args:
+        backbone: tells classes and image size; is not touched.
+        widest: what there is to train at most.
+        budget_bytes: for what PyTorch allocates beyond the loaded model.
+        batch_sizes: to choose from, rising. How many blocks train, and with
+            which stash, the smallest decides.
+        stashes: to choose from, the most wanted first; of `mobiletl` only.
+        momentum: of the optimiser; 0 keeps no buffers.
+        momentum_dtype: of its buffers.
+        in_fleet: features are cut where the widest plan is, whatever trains.
+
+    Raises:
+        ConfigError: if not even the narrowest plan fits; tells the floor.
+    """
+    if widest.method != "mobiletl":
+        stashes = ("published",)
+    cut = first_trained_step(backbone.steps, widest) if in_fleet else None
+
+    @cache
+    def cost(blocks: int, stash: str, batch_size: int, cached: bool = False) -> StepCost:
+        return dry_run(
+            backbone,
+            widest.narrow(blocks),
+            stash,
+            batch_size=batch_size,
+            cached=cached,
+            momentum=momentum,
+            momentum_dtype=momentum_dtype,
+            cut=cut,
+        )
+
+    def fits(blocks: int, stash: str, batch_size: int) -> bool:
+        return cost(blocks, stash, batch_size).peak_bytes <= budget_bytes
+
+    def fitting(blocks: int) -> str | None:
+        return next((stash for stash in stashes if fits(blocks, stash, batch_sizes[0])), None)
+
+    def leanest(blocks: int) -> tuple[str, StepCost]:
+        costs = {stash: cost(blocks, stash, batch_sizes[0]) for stash in stashes}
+        return min(costs.items(), key=lambda item: item[1].peak_bytes)
+
+    narrowest = widest.blocks if widest.method == "full" else 0
+    blocks = _last(range(narrowest, widest.blocks + 1), lambda k: fitting(k) is not None)
+    if blocks is None:
+        stash, floor = leanest(narrowest)
+        raise ConfigError(
+            f"budget-mib {budget_bytes / MIB:g} is below the floor of {_mib(floor.peak_bytes)}, "
+            f"which {_words(widest.narrow(narrowest), stash)} takes at batch {batch_sizes[0]} and "
+            f"{backbone.preprocessing.image_size} px; {floor.peak_in} sets it: raise the budget, "
+            f"or lower batch-size or image-size"
+        )
+    stash = fitting(blocks)
+    batch_size = _last(batch_sizes, lambda n: fits(blocks, stash, n))
+    first, later = (cost(blocks, stash, batch_size, cached) for cached in (False, True))
+    why = ""
+    if blocks < widest.blocks:
+        lean, need = leanest(blocks + 1)
+        why = (
+            f"{_words(widest.narrow(blocks + 1), lean)} needs {_mib(need.peak_bytes)} at batch "
+            f"{batch_sizes[0]}, the budget is {_mib(budget_bytes)}; {need.peak_in} needs the most"
+        )
+    return Affordable(
+        plan=widest.narrow(blocks),
+        stash=stash,
+        batch_size=batch_size,
+        first=first,
+        later=later,
+        why_not_larger=why,
+    )
+
+
+def available_bytes(reserve_bytes: int) -> int:
+    """Memory that training may take here now, a reserve for everything else left out.
+
+    Of what the system has available and what the process's own control group
+    still allows (systemd's MemoryMax, a container's limit) the smaller.
+    """
+    free = psutil.virtual_memory().available
+    for limit, used in _control_groups():
+        free = min(free, limit - used)
+    return max(0, free - reserve_bytes)
+
+
+def _control_groups() -> list[tuple[int, int]]:
+    """(limit, used) in bytes of every control group that this process is in and that has one."""
+    found = []
+    try:
+        (line,) = [
+            line for line in Path("/proc/self/cgroup").read_text().splitlines() if "0::" in line
+        ]
+        root = Path("/sys/fs/cgroup")
+        group = root / line.removeprefix("0::/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            limit, used = folder / "memory.max", folder / "memory.current"
+            if limit.is_file() and (text := limit.read_text().strip()) != "max":
+                found.append((int(text), int(used.read_text())))
+    except (OSError, ValueError):  # no Linux, an older one, or not to be read
+        return found
+    return found
+
+
+def _last(rising: range | tuple[int, ...], works: Callable[[int], bool]) -> int | None:
+    """The last of values of which all up to some one work; None: not even the first does."""
+    low, high = -1, len(rising) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if works(rising[middle]) else (low, middle - 1)
+    return rising[low] if low >= 0 else None
+
+
+def _words(plan: UpdatePlan, stash: str) -> str:
+    if plan.method == "full":
+        return "the whole model"
+    if not plan.blocks:
+        return "the head alone"
+    with_stash = f" with stash {stash}" if plan.method == "mobiletl" else ""
+    return f"{plan.method} of {plan.blocks} block{'s'[: plan.blocks > 1]}{with_stash}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"
