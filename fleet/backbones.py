@@ -55,7 +55,7 @@ class Backbone:
 
     @property
     def blocks(self) -> tuple[InvertedResidual | UnknownBlock, ...]:
-        """What top k counts, from the image upwards: inverted residuals, and unknown blocks above."""
+        """What top k counts, from the image upwards: inverted residuals and unknown blocks."""
         return tuple(step.block for step in self.steps if step.block is not None)
 
     @property
@@ -231,19 +231,24 @@ def _with_head(
     return tensors, True
 
 
+def preprocessing_of(model: nn.Module, image_size: int) -> Preprocessing:
+    """What a model says of its inputs, as timm's do; of others, what ImageNet's mostly are."""
+    told = getattr(model, "pretrained_cfg", None) or {}
+    interpolation = told.get("interpolation", "bicubic" if told else "bilinear")
+    return Preprocessing(
+        image_size,
+        tuple(told.get("mean", (0.485, 0.456, 0.406))),
+        tuple(told.get("std", (0.229, 0.224, 0.225))),
+        interpolation if interpolation == "bilinear" else "bicubic",
+    )
+
+
 def _preprocessing(library: str, model: nn.Module, name: str, image_size: int) -> Preprocessing:
     if name == LITE0:
         # The reference implementation feeds (x - 127) / 128 of 0..255 values.
         return Preprocessing(image_size, (127 / 255,) * 3, (128 / 255,) * 3, "bicubic")
     if library == "timm":
-        config = model.pretrained_cfg
-        interpolation = config.get("interpolation", "bicubic")
-        return Preprocessing(
-            image_size,
-            tuple(config["mean"]),
-            tuple(config["std"]),
-            interpolation if interpolation == "bilinear" else "bicubic",
-        )
+        return preprocessing_of(model, image_size)
     from torchvision import models
 
     preset = models.get_model_weights(name.rpartition(":")[2]).DEFAULT.transforms()

@@ -74,6 +74,6 @@ def stochastic_bfloat16(x: Tensor) -> Tensor:
         from 0 at the lower to 1 at the upper.
     """
     # A float32 is a bfloat16 and sixteen bits more: random ones are added, and carry or do not.
-    noise = torch.randint_like(x, 1 << 16, dtype=torch.int32)
-    rounded = x.contiguous().view(torch.int32).add(noise).bitwise_and_(-1 << 16)
-    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
+    bits = torch.randint_like(x, 1 << 16, dtype=torch.int32)
+    bits.add_(x.view(torch.int32)).bitwise_and_(-1 << 16)
+    return bits.view(torch.float32).masked_fill_(x.isnan(), torch.nan).to(torch.bfloat16)

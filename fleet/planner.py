@@ -144,6 +144,11 @@ def afford(
     )
 
 
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """What the planner chooses from: `BATCH_SIZES` below `largest`, and that itself."""
+    return (*(n for n in BATCH_SIZES if n < largest), largest)
+
+
 def available_bytes(reserve_bytes: int) -> int:
     """Memory that training may take here now, a reserve for everything else left out.
 

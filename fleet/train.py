@@ -45,7 +45,7 @@ def train_locally(
     config: LocalConfig,
     seed: int | Sequence[int],
     features: FeatureConfig | None = None,
-    on_epoch: Callable[[int], None] = lambda epoch: None,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
@@ -56,7 +56,7 @@ def train_locally(
         config: epochs, batch size and optimiser.
         seed: of the order of the images and their views, and of what dropout drops.
         features: cache and augmentation; None: neither.
-        on_epoch: is called after each epoch with its number, from 0 on.
+        on_epoch: is given each epoch's number, from 0 on, and its mean loss.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
@@ -76,7 +76,7 @@ def train_locally(
     )
     source = FeatureSource(model, data, preprocessing, features)
     views = features.views if features else 1
-    started, losses = time.perf_counter(), []
+    started, losses, told = time.perf_counter(), [], 0.0
 
     def train_on(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         for x, labels in batches:
@@ -93,9 +93,14 @@ def train_locally(
                 ) from error
             del x, labels  # before the next batch is made
 
+    def end_epoch(epoch: int) -> None:
+        nonlocal told
+        on_epoch(epoch, (sum(losses) - told) / len(data))
+        told = sum(losses)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        batches = _epochs(source, len(data), views, config, seed, on_epoch)
+        batches = _epochs(source, len(data), views, config, seed, end_epoch)
         with allocator_peak(next(model.parameters()).device) as peak:
             train_on(islice(batches, 2))
         train_on(batches)
@@ -112,7 +117,8 @@ def _step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor, where
     loss = model.gradients(x, labels).item()
     if not math.isfinite(loss):
         raise UpdateError(f"loss is {loss} {where}; lower learning-rate")
-    if not all(p.grad.isfinite().all() for p in optimizer.parameters if p.grad is not None):
+    # One value that is not finite leaves no sum finite; a sum needs no room.
+    if not all(p.grad.sum().isfinite() for p in optimizer.parameters if p.grad is not None):
         raise UpdateError(f"a gradient is not finite {where}; lower learning-rate")
     optimizer.step()
     return loss

@@ -2,6 +2,7 @@
 
 from fleet.data.augment import view_of
 from fleet.data.batches import ImageBatches, batch_positions, to_tensor
+from fleet.data.datasets import of_dataset
 from fleet.data.images import ImageData
 from fleet.data.partitions import partition
 from fleet.data.sources import BUILT_IN, load_data
@@ -13,6 +14,7 @@ __all__ = [
     "ImageData",
     "batch_positions",
     "load_data",
+    "of_dataset",
     "partition",
     "split_validation",
     "to_tensor",

@@ -50,7 +50,7 @@ class Convolution:
         """
         conv, padded = self._conv, pad_for(self._conv, x)
         wants_weight = conv.weight.requires_grad
-        fold = wants_weight and conv.groups == conv.in_channels and conv.kernel_size[0] > 3
+        fold = wants_weight and conv.groups == conv.in_channels and _is_slow(conv, x)
         d_input, d_weight, _ = torch.ops.aten.convolution_backward(
             d, padded, self._weight, None, conv.stride, conv.padding, _dilation(conv), False,
             [0, 0], conv.groups, [wants_input, wants_weight and not fold, False],
@@ -86,12 +86,16 @@ def _dilation(conv: nn.Conv2d) -> tuple[int, ...]:
     return (2, 2) if conv.kernel_size == (1, 1) else conv.dilation
 
 
-def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, x: Tensor) -> Tensor:
-    """The input correlated with the gradient, every image and channel a group of its own.
+def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether oneDNN's own gradient of a depthwise weight takes 257 times the weight's room.
 
-    oneDNN's own is nine times slower for 5×5 at two images of 1152×7×7, and
-    allocates 28 MiB.
+    It is nine times slower for 5×5 at two images of 1152×7×7, and allocates 28 MiB.
     """
+    return conv.kernel_size[0] > 3 or min(x.shape[2:]) < conv.kernel_size[0]
+
+
+def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, x: Tensor) -> Tensor:
+    """The input correlated with the gradient, every image and channel a group of its own."""
     n, c, *size = x.shape
     correlated = F.conv2d(
         x.reshape(1, n * c, *size), d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation,

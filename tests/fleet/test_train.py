@@ -179,9 +179,12 @@ def test_step_that_fails_leaves_the_parameters_as_they_were(make_model, digits):
 
 def test_every_epoch_is_told_of(make_model, digits):
     model, preprocessing = make_model()
-    epochs = []
-    train_locally(model, digits, preprocessing, config(epochs=3), seed=0, on_epoch=epochs.append)
-    assert epochs == [0, 1, 2]
+    told = []
+    result = train_locally(
+        model, digits, preprocessing, config(epochs=3), 0, on_epoch=lambda *pair: told.append(pair)
+    )
+    assert [epoch for epoch, _ in told] == [0, 1, 2]
+    assert np.mean([loss for _, loss in told]) == pytest.approx(result.loss)
 
 
 def test_peak_has_momentum_in_it(make_model, digits):
