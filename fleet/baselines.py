@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,10 +20,14 @@ from fleet.mobiletl import TransferModel
 from fleet.mobiletl.chunks import chunks
 from fleet.mobiletl.prefix import MICRO_BATCH
 from fleet.plan import METHODS, make_plan
+from fleet.structure import Step
 
 
 class Checkpointed(TransferModel):
-    """Stock autograd that keeps each step's input and runs the step again in backward.
+    """Stock autograd that keeps each block's input and runs the block again in backward.
+
+    What lies between blocks, as the stem and all from the last block to the
+    logits, is one segment: activations in it may work in place.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost,
     arXiv:1604.06174; `torch.utils.checkpoint`.
@@ -30,12 +35,11 @@ class Checkpointed(TransferModel):
 
     def from_features(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of what `features` returned."""
-        for step in self._trained:
-            if step.module is None:
-                x = step.forward(x)
-            else:
-                contexts = partial(_contexts, step.module)
-                x = checkpoint(step.forward, x, use_reentrant=False, context_fn=contexts)
+        for _, steps in groupby(self._trained, lambda step: step.block):
+            segment = tuple(steps)
+            contexts = partial(_contexts, segment)
+            run = partial(_run, segment)
+            x = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
         return x
 
 
@@ -117,14 +121,21 @@ def contender(
     return TransferModel(backbone, make_plan(backbone, method=method, blocks=blocks), stash)
 
 
-def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _statistics_held(module)
+def _run(segment: tuple[Step, ...], x: Tensor) -> Tensor:
+    for step in segment:
+        x = step.forward(x)
+    return x
+
+
+def _contexts(segment: tuple[Step, ...]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _statistics_held(segment)
 
 
 @contextmanager
-def _statistics_held(module: nn.Module) -> Iterator[None]:
-    """Running the module again for backward must not count its batch twice."""
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+def _statistics_held(segment: tuple[Step, ...]) -> Iterator[None]:
+    """Running the segment again for backward must not count its batch twice."""
+    modules = (part for step in segment if step.module for part in step.module.modules())
+    norms = [part for part in modules if isinstance(part, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

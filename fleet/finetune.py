@@ -19,7 +19,7 @@ from fleet.data import ImageData, load_data, of_dataset, to_tensor
 from fleet.errors import UpdateError
 from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, make_plan
-from fleet.planner import MIB, afford, batch_sizes_up_to
+from fleet.planner import MIB, MIN_BATCH_SIZE, afford, batch_sizes_between
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device, train_locally
 
@@ -195,7 +195,7 @@ def _affordable(
         backbone,
         widest,
         round(budget_mib * MIB),
-        batch_sizes=batch_sizes_up_to(local.batch_size),
+        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
         momentum=local.momentum,
         momentum_dtype=getattr(torch, local.momentum_dtype),
     )

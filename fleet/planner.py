@@ -21,7 +21,7 @@ from fleet.plan import UpdatePlan
 
 # From the most exact on; of the two that round nothing, the faster first.
 STASHES_BY_EXACTNESS = ("float32", "recompute", "bfloat16", "int8")
-BATCH_SIZES = (8, 16, 32)
+MIN_BATCH_SIZE = 8  # statistics of smaller batches teach badly
 
 MIB = 2**20
 
@@ -65,7 +65,7 @@ def afford(
     widest: UpdatePlan,
     budget_bytes: int,
     *,
-    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    batch_sizes: tuple[int, ...] = (8, 16, 32),
     stashes: tuple[str, ...] = STASHES_BY_EXACTNESS,
     momentum: float = 0.9,
     momentum_dtype: torch.dtype = torch.float32,
@@ -144,9 +144,12 @@ def afford(
     )
 
 
-def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
-    """What the planner chooses from: `BATCH_SIZES` below `largest`, and that itself."""
-    return (*(n for n in BATCH_SIZES if n < largest), largest)
+def batch_sizes_between(smallest: int, largest: int) -> tuple[int, ...]:
+    """Doubled from `smallest` on, up to `largest`, which is one of them."""
+    sizes = [min(smallest, largest)]
+    while 2 * sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    return (*sizes, largest) if sizes[-1] < largest else tuple(sizes)
 
 
 def available_bytes(reserve_bytes: int) -> int:

@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -8,6 +10,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fleet.baselines import CONTENDERS
 from fleet.cli import main, show_progress
 from fleet.config import default_settings
 from fleet.records import RoundReport, RunRecord
@@ -230,7 +233,7 @@ def test_ctrl_c_before_anything_is_written_says_so(interrupted, tmp_path):
 
 def test_progress_on_a_terminal_prints_a_line_a_round(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    monkeypatch.setattr("fleet.cli.Console", lambda **_: console)
+    monkeypatch.setattr("fleet.cli.simulate.Console", lambda **_: console)
     with show_progress(2) as (on_round, on_reply):
         on_reply(0, 3)
         on_reply(3, 3)
@@ -245,3 +248,105 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     result = invoke("report", str(tmp_path))
     assert result.exit_code == 1
     assert "holds no run" in result.output
+
+
+TINY = (
+    *("--backbone", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "4"),
+    *("--blocks", "2", "--repetitions", "1", "--no-resident"),
+)
+
+
+def measure(*arguments):
+    result = invoke("measure", *TINY, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_measure_in_json_is_the_contract():
+    values = json.loads(measure("--format", "json"))
+    contract = (
+        *("saved_bytes", "peak_bytes", "resident_bytes"),
+        *("cpu_seconds", "flops", "trainable_bytes"),
+    )
+    assert tuple(values)[: len(contract)] == contract
+    assert values["resident_bytes"] is None  # left out here
+    assert all(values[key] > 0 for key in contract if key != "resident_bytes")
+    asked = {"method": "mobiletl", "stash": "recompute", "blocks": 2, "cached": False}
+    assert {key: values[key] for key in asked} == asked
+
+
+def test_measure_takes_resident_growth_in_a_process_of_its_own():
+    value = json.loads(measure("--resident", "--format", "json"))["resident_bytes"]
+    assert value is None or value > 2**20
+
+
+def test_measure_prints_what_it_measured():
+    text = measure("--cached", "--stash", "int8")
+    assert "mobilenet_v3_small, mobiletl, 2 blocks, stash int8, from cached features" in text
+    assert "32 px, batch 4" in text
+    for noun in ("kept for backward", "allocator peak", "resident growth", "CPU", "GFLOP"):
+        assert noun in text
+    (growth,) = (line for line in text.splitlines() if line.startswith("resident growth"))
+    assert growth.split()[-1] == "–"
+
+
+def test_measure_takes_all_blocks():
+    assert json.loads(measure("--blocks", "all", "--format", "json"))["blocks"] == 11
+
+
+def test_measure_compares_all_methods_side_by_side():
+    setups = ("--image-size", "64", "--backbone", "mobilenet_v2")
+    values = json.loads(measure(*setups, "--compare", "--cached", "--format", "json"))
+    assert len(values) == 2 * 13
+    assert {v["backbone"] for v in values} == {"mobilenet_v3_small", "mobilenet_v2"}
+    by_method = {v["method"]: v for v in values if v["backbone"] == "mobilenet_v2"}
+    assert by_method["blocks"]["cached"] and not by_method["full"]["cached"]
+    assert by_method["full"]["flops"] > by_method["blocks"]["flops"]
+
+
+def test_measure_compares_in_markdown_and_in_a_table():
+    lines = measure("--compare", "--format", "markdown").splitlines()
+    assert lines[0].startswith("32 px, batch 4, weights none, one thread, torch ")
+    table = [line.strip("| ").split(" | ") for line in lines[2:] if "---" not in line]
+    assert {len(row) for row in table} == {15}
+    assert table[1][:2] == ["mobilenet_v3_small", "full"]
+    text = measure("--compare")
+    for method in (row[1] for row in table[1:]):
+        assert method in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--backbone", "mobilenet_v9", "--compare"), "unknown backbone mobilenet_v9; examples"),
+        (("--backbone", "mobilenet_v2"), "2 backbones are for --compare; give one, or add it"),
+        (("--method", "lora"), "unknown method lora; known: mobiletl"),
+        (("--stash", "zip"), "unknown stash zip; known: recompute"),
+        (("--blocks", "12"), "blocks is 12, mobilenet_v3_small has 11; choose 0 to 11"),
+        (("--blocks", "12", "--compare"), "blocks is 12, mobilenet_v3_small has 11"),
+        (("--blocks", "most"), "blocks must be a number or all, got most"),
+        (("--image-size", "16"), "image-size must be at least 32 pixels"),
+        (("--batch-size", "0"), "batch-size must be at least 1, got 0"),
+        (("--repetitions", "0"), "repetitions must be at least 1, got 0"),
+        (("--method", "full", "--batch-size", "1"), "full cannot train on a batch of one image"),
+        (("--method", "full", "--cached"), "leaves no block frozen whose output could be cached"),
+        (("--method", "full", "--compare"), "--compare measures all methods and stashes"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_without_a_traceback(arguments, text):
+    result = invoke("measure", *TINY, *arguments)
+    assert result.exit_code == 1
+    assert text in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_help_of_measure_names_every_method():
+    text = " ".join(invoke("measure", "--help").output.split()).replace("- ", "-")
+    assert all(method in text for method in CONTENDERS)
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys, fleet.cli; print({'torch', 'torchvision', 'flwr'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""The command `fleet`."""
+"""`fleet simulate`."""
 
 import contextlib
 import json
@@ -11,41 +11,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fleet.cli.options import format_option
+from fleet.cli.report import show_run
 from fleet.config import default_settings, describe_settings, read_config
-from fleet.errors import ConfigError, FleetError
+from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord, to_json
-from fleet.report import (
-    accuracy_picture,
-    refusals,
-    round_line,
-    rounds_table,
-    run_values,
-    write_page,
-)
-
-_FORMAT = click.option(
-    "--format",
-    "output_format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    help="json prints one object and nothing else on standard output.",
-)
-
-
-class _Group(click.Group):
-    """Prints what the user can mend as one line, without a traceback."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except FleetError as error:
-            raise click.ClickException(str(error)) from error
-
-
-@click.group(cls=_Group)
-@click.version_option(package_name="fleet-mobiletl")
-def main() -> None:
-    """Fine-tune mobile CNNs on fleets of small devices."""
+from fleet.report import round_line
 
 
 def _setting_options(command: Callable) -> Callable:
@@ -60,12 +31,12 @@ def _setting_options(command: Callable) -> Callable:
     return command
 
 
-@main.command()
+@click.command("simulate")
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @_setting_options
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
-@_FORMAT
-def simulate(recipe: Path | None, engine: str, output_format: str, **options: Any) -> None:
+@format_option("text", "json")
+def command(recipe: Path | None, engine: str, output_format: str, **options: Any) -> None:
     """Run a simulated fleet; settings come from a RECIPE (TOML) and from options.
 
     A run's config.toml is a recipe too: it repeats the run in another directory.
@@ -100,39 +71,6 @@ def _interruptible(record: RunRecord) -> Iterator[None]:
         raise click.exceptions.Exit(130) from None
 
 
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--against", multiple=True, type=click.Path(path_type=Path), help="A run to draw beside it."
-)
-@click.option("--picture", type=click.Path(path_type=Path), help="Write the picture to an SVG.")
-@_FORMAT
-def report(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
-    """Print the table of a RUN and write its page anew."""
-    record, beside = RunRecord(run), [RunRecord(path) for path in against]
-    for each in (record, *beside):
-        list(each.rounds())  # what cannot be read is refused; what cannot be written is not
-    try:
-        write_page(record, beside)
-    except ConfigError as error:
-        click.echo(f"Warning: {error}", err=True)
-    if picture is not None:
-        _write_picture(picture, [record, *beside])
-    if output_format == "json":
-        click.echo(to_json(run_values(record), indent=2))
-    else:
-        show_run(record)
-
-
-def _write_picture(path: Path, records: list[RunRecord]) -> None:
-    try:
-        path.write_text(accuracy_picture(records), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write picture {path}: {error.strerror}; name another file with --picture"
-        ) from error
-
-
 def _read_recipe(path: Path) -> dict[str, Any]:
     """Settings by name, from a recipe or from the config.toml of a run."""
     try:
@@ -151,21 +89,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         )
     # A run's own directory is taken: by that run.
     return {key: value for key, value in values["settings"].items() if key != "run-dir"}
-
-
-def show_run(record: RunRecord) -> None:
-    """Print a run: its table, who was refused, and where model and report are."""
-    rounds = list(record.rounds())
-    ended = record.summary_path.is_file()
-    console = Console()
-    console.print(rounds_table(rounds, title=record.path.name))
-    for line in refusals(rounds):
-        console.print(f"refused in {line}", style="yellow", markup=False)
-    for noun, path in (("model", record.model_path), ("report", record.page_path)):
-        if path.is_file():
-            console.print(f"{noun:<7}{path}", soft_wrap=True, highlight=False)
-    if not ended:
-        console.print(f"the run has not ended: {len(rounds)} rounds so far", style="yellow")
 
 
 @contextlib.contextmanager

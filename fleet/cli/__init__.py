@@ -1,0 +1,32 @@
+"""The command `fleet`."""
+
+from typing import Any
+
+import click
+
+from fleet.cli import measure, plan, report, simulate
+from fleet.cli.report import show_run
+from fleet.cli.simulate import show_progress
+from fleet.errors import FleetError
+
+__all__ = ["main", "show_progress", "show_run"]
+
+
+class _Group(click.Group):
+    """Prints what the user can mend as one line, without a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FleetError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="fleet-mobiletl")
+def main() -> None:
+    """Fine-tune mobile CNNs on fleets of small devices."""
+
+
+for _command in (simulate.command, report.command, plan.command, measure.command):
+    main.add_command(_command)

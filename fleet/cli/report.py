@@ -1,0 +1,59 @@
+"""`fleet report`."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fleet.cli.options import format_option
+from fleet.errors import ConfigError
+from fleet.records import RunRecord, to_json
+from fleet.report import accuracy_picture, refusals, rounds_table, run_values, write_page
+
+
+@click.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--against", multiple=True, type=click.Path(path_type=Path), help="A run to draw beside it."
+)
+@click.option("--picture", type=click.Path(path_type=Path), help="Write the picture to an SVG.")
+@format_option("text", "json")
+def command(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
+    """Print the table of a RUN and write its page anew."""
+    record, beside = RunRecord(run), [RunRecord(path) for path in against]
+    for each in (record, *beside):
+        list(each.rounds())  # what cannot be read is refused; what cannot be written is not
+    try:
+        write_page(record, beside)
+    except ConfigError as error:
+        click.echo(f"Warning: {error}", err=True)
+    if picture is not None:
+        _write_picture(picture, [record, *beside])
+    if output_format == "json":
+        click.echo(to_json(run_values(record), indent=2))
+    else:
+        show_run(record)
+
+
+def _write_picture(path: Path, records: list[RunRecord]) -> None:
+    try:
+        path.write_text(accuracy_picture(records), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write picture {path}: {error.strerror}; name another file with --picture"
+        ) from error
+
+
+def show_run(record: RunRecord) -> None:
+    """Print a run: its table, who was refused, and where model and report are."""
+    rounds = list(record.rounds())
+    ended = record.summary_path.is_file()
+    console = Console()
+    console.print(rounds_table(rounds, title=record.path.name))
+    for line in refusals(rounds):
+        console.print(f"refused in {line}", style="yellow", markup=False)
+    for noun, path in (("model", record.model_path), ("report", record.page_path)):
+        if path.is_file():
+            console.print(f"{noun:<7}{path}", soft_wrap=True, highlight=False)
+    if not ended:
+        console.print(f"the run has not ended: {len(rounds)} rounds so far", style="yellow")

@@ -1,0 +1,138 @@
+"""One method on one backbone with one batch, ready to train: what is measured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fleet.backbones import Backbone, load_backbone
+from fleet.baselines import contender
+from fleet.errors import ConfigError
+from fleet.measure.dry_run import weightless
+from fleet.mobiletl import TransferModel
+from fleet.mobiletl.chunks import chunks, room
+from fleet.mobiletl.prefix import MICRO_BATCH
+from fleet.mobiletl.stash import check_stash
+from fleet.optim import SGD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is measured, in words: another process can be told.
+
+    Attributes:
+        backbone, num_classes, image_size, weights: as `load_backbone` takes them.
+        method: one of `fleet.baselines.CONTENDERS`.
+        blocks: top blocks; those methods that have no choice take no notice.
+        stash: of `mobiletl`.
+        batch_size: images.
+        cached: a batch is read from a cache of the frozen half's output.
+        threads: of PyTorch.
+    """
+
+    backbone: str
+    method: str
+    blocks: int
+    stash: str = "recompute"
+    batch_size: int
+    image_size: int
+    num_classes: int = 10
+    weights: str = "none"
+    cached: bool = False
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"{flag} must be at least 1, got {getattr(self, name)}")
+        check_stash(self.stash)
+
+    def load(self) -> Backbone:
+        """The backbone that the words stand for."""
+        return load_backbone(
+            self.backbone,
+            num_classes=self.num_classes,
+            image_size=self.image_size,
+            weights=self.weights,
+        )
+
+    def model(self, backbone: Backbone) -> TransferModel:
+        """The backbone as the method trains it."""
+        return contender(backbone, self.method, self.blocks, self.stash)
+
+
+class Subject:
+    """Takes training steps as a device does, on images or features that cost no time to make.
+
+    A batch is put together inside the step. From images: two at a time, as they
+    are decoded, through the frozen half. Cached: in one, in float32. The images
+    are always the same two; what a step costs does not depend on them.
+
+    Args:
+        setup: what to measure.
+        backbone: what `setup.load` returned; trains in place. Several subjects
+            may share it, each of which must be made `ready` before its turn.
+
+    Raises:
+        ConfigError: for an unknown method or stash, or if there is nothing to cache.
+        PlanError: for more blocks than there are.
+    """
+
+    def __init__(self, setup: Setup, backbone: Backbone) -> None:
+        self.setup = setup
+        self.model = setup.model(backbone)
+        if setup.cached and not can_cache(self.model):
+            raise ConfigError(
+                f"{setup.method} on {self.model.plan.blocks} blocks of {setup.backbone} leaves no "
+                f"block frozen whose output could be cached; measure it without --cached"
+            )
+        self.optimizer = SGD(self.model.trainable_parameters(), 1e-3, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        size = setup.image_size
+        self._images = torch.randn(MICRO_BATCH, 3, size, size, generator=generator)
+        self._features = None
+        if setup.cached:
+            features = torch.rand(_features_shape(self.model, backbone, setup), generator=generator)
+            channels_last = features.ndim == 4
+            self._features = features.contiguous(
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
+        self.labels = torch.arange(setup.batch_size) % setup.num_classes
+
+    def ready(self) -> None:
+        """Let what trains here require grad, and nothing else."""
+        self.model.train()
+
+    def batch(self) -> Tensor:
+        """(N, …) what `from_features` takes, in memory of its own."""
+        if self._features is not None:
+            return self._features.clone()
+        made = None
+        for part in chunks(self.setup.batch_size, MICRO_BATCH):
+            images = self._images[: part.stop - part.start]
+            y = self.model.features(images.clone(memory_format=torch.channels_last))
+            made = room(y, self.setup.batch_size) if made is None else made
+            made[part] = y
+        return made
+
+    def step(self) -> None:
+        """Batch, forward, backward, update."""
+        self.model.gradients(self.batch(), self.labels)
+        self.optimizer.step()
+
+
+def can_cache(model: TransferModel) -> bool:
+    """Whether a block is frozen; the stem's output alone is larger than the image."""
+    return any(step.block is not None for step in model.frozen_steps)
+
+
+def _features_shape(model: TransferModel, backbone: Backbone, setup: Setup) -> torch.Size:
+    """Of a batch.
+
+    Found without running the frozen half: that would leave memory behind, which
+    the steps whose growth is measured would find and use.
+    """
+    twin = TransferModel(weightless(backbone), model.plan)
+    size = setup.image_size
+    return twin.features(torch.empty(setup.batch_size, 3, size, size, device="meta")).shape
