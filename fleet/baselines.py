@@ -18,6 +18,7 @@ from fleet.backbones import Backbone
 from fleet.errors import ConfigError
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.chunks import chunks
+from fleet.mobiletl.model import finite
 from fleet.mobiletl.prefix import MICRO_BATCH
 from fleet.plan import METHODS, make_plan
 from fleet.structure import Step
@@ -50,14 +51,17 @@ class FrozenNorms(TransferModel):
     gradient is the whole batch's.
     """
 
-    def gradients(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a batch; its gradients are added to the parameters' own."""
-        loss = x.new_zeros(())
+    accumulates = True
+
+    def gradients(self, x: Tensor, labels: Tensor) -> float:
+        """Mean cross-entropy of a batch in nats; its gradients go into the parameters' own."""
+        total = 0.0
         for part in chunks(len(x), MICRO_BATCH):
-            share = F.cross_entropy(self.from_features(x[part]), labels[part], reduction="sum")
-            (share / len(x)).backward()
-            loss += share.detach() / len(x)
-        return loss
+            logits = self.from_features(x[part])
+            share = F.cross_entropy(logits, labels[part], reduction="sum") / len(x)
+            total += finite(share)
+            share.backward()
+        return total
 
     def _stock_modules(self) -> list[nn.Module]:
         return []

@@ -1,9 +1,12 @@
 """Stochastic gradient descent for small devices."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from fleet.errors import UpdateError
 
 
 class SGD:
@@ -13,7 +16,7 @@ class SGD:
     stays resident with some 150 MB; a device that trains in 40 cannot pay that.
 
     Args:
-        parameters: of any shape; those without a gradient are passed over.
+        parameters: float32, of any shape; those without a gradient are passed over.
         learning_rate: per step.
         momentum: 0 keeps no buffer.
         weight_decay: on tensors of two and more dimensions; norms and biases are spared.
@@ -37,28 +40,69 @@ class SGD:
         self.momentum_dtype = momentum_dtype
         self._velocity: dict[int, Tensor] = {}  # position → buffer
 
-    @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter against its gradient, and drop the gradient."""
-        for i, parameter in enumerate(self.parameters):
-            direction = parameter.grad
-            if direction is None:
-                continue
-            if self.weight_decay and parameter.ndim > 1:
-                direction = direction.add(parameter, alpha=self.weight_decay)
-            if self.momentum:
-                direction = self._gather(i, direction)
-            parameter.add_(direction, alpha=-self.learning_rate)
-            parameter.grad = None
+        """Move every parameter against its gradient, and drop the gradient.
+
+        Raises:
+            UpdateError: for a gradient that is not finite; no parameter has moved.
+        """
+        moving = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        for i in moving:
+            self._check(i)
+        for i in moving:
+            self._move(i)
+
+    @contextmanager
+    def stepping_in_backward(self) -> Iterator[None]:
+        """While this is open, backward moves each parameter as soon as its gradient is there.
+
+        So no two blocks' gradients are there at once, and `step` has nothing
+        left to do. Only for a loss whose backward pass is the step's only one.
+        An `UpdateError` leaves those parameters moved whose gradients came
+        before the one that is not finite.
+        """
+
+        def hook(i: int) -> None:
+            self._check(i)
+            self._move(i)
+
+        handles = [
+            parameter.register_post_accumulate_grad_hook(lambda _, i=i: hook(i))
+            for i, parameter in enumerate(self.parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check(self, i: int) -> None:
+        # One value that is not finite leaves no sum finite; a sum needs no room.
+        total = self.parameters[i].grad.sum()
+        if not total.is_meta and not total.isfinite():
+            raise UpdateError(
+                f"a gradient of shape {tuple(self.parameters[i].shape)} is not finite"
+            )
+
+    @torch.no_grad()
+    def _move(self, i: int) -> None:
+        parameter = self.parameters[i]
+        direction = parameter.grad
+        if self.weight_decay and parameter.ndim > 1:
+            direction = direction.add(parameter, alpha=self.weight_decay)
+        if self.momentum:
+            direction = self._gather(i, direction)
+        parameter.add_(direction, alpha=-self.learning_rate)
+        parameter.grad = None
 
     def _gather(self, i: int, direction: Tensor) -> Tensor:
         """The parameter's velocity with this step's direction in it."""
         if i not in self._velocity:
             self._velocity[i] = torch.zeros_like(direction, dtype=self.momentum_dtype)
         buffer = self._velocity[i]
-        if buffer.dtype == direction.dtype:
+        if buffer.dtype == torch.float32:
             return buffer.mul_(self.momentum).add_(direction)
-        velocity = buffer.to(direction.dtype).mul_(self.momentum).add_(direction)
+        velocity = buffer.float().mul_(self.momentum).add_(direction)
         buffer.copy_(stochastic_bfloat16(velocity))
         return velocity
 

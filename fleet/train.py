@@ -1,8 +1,8 @@
 """The local loop, shared by devices, simulations and library users."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,6 +15,7 @@ from fleet.config import FeatureConfig, LocalConfig
 from fleet.data import ImageData
 from fleet.errors import ConfigError, UpdateError
 from fleet.features import FeatureSource
+from fleet.heap import trim
 from fleet.measure import allocator_peak
 from fleet.mobiletl import TransferModel
 from fleet.optim import SGD
@@ -62,7 +63,8 @@ def train_locally(
         ConfigError: if there is no image, or a single one in a batch that is
             too little for a norm's statistics.
         UpdateError: if loss or a gradient is not finite, with step and learning
-            rate; that step does not touch the parameters any more.
+            rate. The loss's step does not touch the parameters any more, the
+            gradient's may have begun to.
     """
     if not len(data):
         raise ConfigError(f"{data.name} has no training images for this client; give it some")
@@ -80,9 +82,13 @@ def train_locally(
 
     def train_on(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         for x, labels in batches:
-            where = f"at step {len(losses)} with learning rate {config.learning_rate}"
             try:
-                losses.append(_step(model, optimizer, x, labels, where) * len(labels))
+                losses.append(take_step(model, optimizer, x, labels) * len(labels))
+            except UpdateError as error:
+                raise UpdateError(
+                    f"{error} at step {len(losses)} with learning rate {config.learning_rate}; "
+                    f"lower learning-rate"
+                ) from error
             except ValueError as error:  # of batch norm: one value a channel has no variance
                 if len(labels) > 1:
                     raise
@@ -112,15 +118,18 @@ def train_locally(
     )
 
 
-def _step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor, where: str) -> float:
-    """Forward, backward, update; returns the loss."""
-    loss = model.gradients(x, labels).item()
-    if not math.isfinite(loss):
-        raise UpdateError(f"loss is {loss} {where}; lower learning-rate")
-    # One value that is not finite leaves no sum finite; a sum needs no room.
-    if not all(p.grad.sum().isfinite() for p in optimizer.parameters if p.grad is not None):
-        raise UpdateError(f"a gradient is not finite {where}; lower learning-rate")
-    optimizer.step()
+def take_step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor) -> float:
+    """Forward, backward, update; returns the loss.
+
+    Raises:
+        UpdateError: if loss or a gradient is not finite.
+    """
+    in_backward = nullcontext() if model.accumulates else optimizer.stepping_in_backward()
+    with in_backward:
+        loss = model.gradients(x, labels)
+    if model.accumulates:
+        optimizer.step()
+    trim()
     return loss
 
 

@@ -18,6 +18,7 @@ from fleet.measure import allocator_peak, dry_run
 from fleet.mobiletl import TransferModel
 from fleet.optim import SGD
 from fleet.plan import STASHES, UpdatePlan, make_plan
+from fleet.train import take_step
 
 _MIB = 2**20
 _BACKBONES = (
@@ -86,9 +87,8 @@ def measure(backbone: Backbone, plan: UpdatePlan, stash: str, batch_size: int, c
                 x = run_in_parts(model, batch_size, lambda part: pixels[part].clone())
             else:
                 x = kept.clone()
-            model.gradients(x, labels)
+            take_step(model, optimizer, x, labels)
             del x
-            optimizer.step()
     return peak.bytes
 
 

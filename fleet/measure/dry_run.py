@@ -36,7 +36,7 @@ class StepCost:
 
     Attributes:
         peak_bytes: the most that lives at once, the batch and momentum among it.
-        peak_in: what takes it: the frozen part, forward, backward or the optimiser.
+        peak_in: what takes it: the frozen part, forward or backward.
         saved_bytes: kept for backward after the forward pass, beside the batch.
         flops_prefix: of the frozen part; 0 if its output is cached.
         flops_forward: of the rest, up to the loss.
@@ -102,11 +102,9 @@ def dry_run(
             loss = F.cross_entropy(model.from_features(x), labels)
         flops_forward = ledger.total - flops_prefix
         ledger.phase = "backward"
-        loss.backward()
-        del x
+        with optimizer.stepping_in_backward():
+            loss.backward()
         flops_backward = ledger.total - flops_prefix - flops_forward
-        ledger.phase = "the optimiser"
-        optimizer.step()
     return StepCost(
         peak_bytes=ledger.highest,
         peak_in=ledger.peak_in,

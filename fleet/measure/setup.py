@@ -8,12 +8,13 @@ from torch import Tensor
 from fleet.backbones import Backbone, load_backbone
 from fleet.baselines import contender
 from fleet.errors import ConfigError
+from fleet.features import run_in_parts
 from fleet.measure.dry_run import weightless
 from fleet.mobiletl import TransferModel
-from fleet.mobiletl.chunks import chunks, room
 from fleet.mobiletl.prefix import MICRO_BATCH
 from fleet.mobiletl.stash import check_stash
 from fleet.optim import SGD
+from fleet.train import take_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +109,15 @@ class Subject:
         """(N, …) what `from_features` takes, in memory of its own."""
         if self._features is not None:
             return self._features.clone()
-        made = None
-        for part in chunks(self.setup.batch_size, MICRO_BATCH):
-            images = self._images[: part.stop - part.start]
-            y = self.model.features(images.clone(memory_format=torch.channels_last))
-            made = room(y, self.setup.batch_size) if made is None else made
-            made[part] = y
-        return made
+        return run_in_parts(self.model, self.setup.batch_size, self._decoded)
+
+    def _decoded(self, part: slice) -> Tensor:
+        images = self._images[: part.stop - part.start]
+        return images.clone(memory_format=torch.channels_last)
 
     def step(self) -> None:
         """Batch, forward, backward, update."""
-        self.model.gradients(self.batch(), self.labels)
-        self.optimizer.step()
+        take_step(self.model, self.optimizer, self.batch(), self.labels)
 
 
 def can_cache(model: TransferModel) -> bool:

@@ -1,5 +1,6 @@
 """A backbone run the way an update plan trains it."""
 
+import math
 from collections.abc import Sequence
 
 import torch.nn as nn
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fleet.backbones import Backbone
-from fleet.errors import PlanError
+from fleet.errors import PlanError, UpdateError
 from fleet.mobiletl.blocks import parameters_of, part_forward
 from fleet.mobiletl.frozen import frozen_tail
 from fleet.mobiletl.inverted_residual import fits, inverted_residual
@@ -46,10 +47,13 @@ class TransferModel(nn.Module):
 
     Attributes:
         frozen_steps: what `features` runs, of which nothing trains.
+        accumulates: `gradients` runs backward several times.
 
     Raises:
         PlanError: for a cut above the first step that trains.
     """
+
+    accumulates = False
 
     def __init__(
         self,
@@ -118,19 +122,20 @@ class TransferModel(nn.Module):
                 x = part_forward(part, x, exact=self.stash != "published")
         return self._head.forward(frozen_tail(self._tail, x) if self._tail else x)
 
-    def gradients(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a batch; its gradients are added to the parameters' own.
+    def gradients(self, x: Tensor, labels: Tensor) -> float:
+        """Mean cross-entropy of a batch in nats; its gradients go into the parameters' own.
 
         Args:
             x: (N, …) as `features` returns.
             labels: (N,) int64.
 
-        Returns:
-            () the loss in nats, detached.
+        Raises:
+            UpdateError: if the loss is not finite, before there is any gradient.
         """
         loss = F.cross_entropy(self.from_features(x), labels)
+        value = finite(loss)
         loss.backward()
-        return loss.detach()
+        return value
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""
@@ -155,6 +160,17 @@ class TransferModel(nn.Module):
             elif isinstance(step.block, UnknownBlock) and self.plan.method == "mobiletl":
                 stock.append(step.module)
         return stock
+
+
+def finite(loss: Tensor) -> float:
+    """The value of a loss.
+
+    Raises:
+        UpdateError: if it is NaN or infinite.
+    """
+    if not math.isfinite(loss.item()):
+        raise UpdateError(f"loss is {loss.item()}")
+    return loss.item()
 
 
 def _frozen_tail(parts: Sequence[InvertedResidual | Unit | Step]) -> int:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fleet.errors import UpdateError
+from fleet.measure import allocator_peak
 from fleet.optim import SGD, stochastic_bfloat16
 
 SHAPES = [(4, 3, 3, 3), (5, 4), (7,), ()]
@@ -38,6 +40,55 @@ def test_ten_steps_are_torchs(momentum, weight_decay, seed):
         give_gradients(ours, rng), give_gradients(theirs, same_rng)
         optimizer.step(), reference.step()
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_taken_in_backward_are_torchs_and_leave_no_gradient(momentum):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in "ab")
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = SGD(ours.parameters(), 0.1, momentum)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum)
+    for _ in range(5):
+        x = torch.randn(4, 5)
+        with optimizer.stepping_in_backward():
+            ours(x).square().sum().backward()
+        assert all(p.grad is None for p in ours.parameters())
+        reference.zero_grad()
+        theirs(x).square().sum().backward()
+        reference.step()
+        assert_close(list(ours.parameters()), list(theirs.parameters()))
+    ours(x).sum().backward()  # the hooks are gone
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_gradients_are_not_there_all_at_once():
+    layers = [torch.nn.Linear(256, 256, bias=False) for _ in range(16)]
+    model = torch.nn.Sequential(*layers)
+    peaks = {}
+    for in_backward in (False, True):
+        optimizer = SGD(model.parameters(), 1e-3)
+        with allocator_peak() as peak:
+            loss = model(torch.randn(2, 256)).sum()
+            if in_backward:
+                with optimizer.stepping_in_backward():
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+        peaks[in_backward] = peak.bytes
+    assert peaks[True] < 0.25 * peaks[False]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_moves_nothing(bad):
+    ours = parameters()
+    before = [p.detach().clone() for p in ours]
+    give_gradients(ours, torch.Generator().manual_seed(0))
+    ours[1].grad[2, 3] = bad
+    with pytest.raises(UpdateError, match=r"a gradient of shape \(5, 4\) is not finite"):
+        SGD(ours, 0.1).step()
+    assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
 
 
 def test_parameter_without_a_gradient_stays_and_its_neighbours_move():
