@@ -20,6 +20,13 @@ SETUP = Setup(
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_over():
+    """Heap that earlier tests gave back would be used again, and nothing would grow."""
+    gc.collect()
+    trim()
+
+
 def known():
     """Whether this system tells resident memory at all."""
     with resident_growth() as growth:
@@ -32,8 +39,6 @@ needs_proc = pytest.mark.skipif(not known(), reason="no /proc that can be reset"
 
 @needs_proc
 def test_growth_is_what_is_written_to():
-    gc.collect()  # what earlier tests left must not be given back meanwhile
-    trim()
     with resident_growth() as growth:
         kept = torch.ones(64 * MIB // 4)
     assert growth.bytes == pytest.approx(kept.nbytes, rel=0.1)
