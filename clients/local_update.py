@@ -5,16 +5,26 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from clients.device import device_metrics
 from clients.local_data import local_data, relabel
 from fleet.backbones import Backbone, load_backbone
 from fleet.codec import Payload, decode, encode
-from fleet.config import ModelConfig, RunConfig, Value
+from fleet.config import LocalConfig, ModelConfig, RunConfig, Value, budget
 from fleet.errors import ConfigError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import UpdatePlan, make_plan
+from fleet.planner import (
+    MIB,
+    MIN_BATCH_SIZE,
+    Affordable,
+    afford,
+    available_bytes,
+    batch_sizes_between,
+)
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device, train_locally
 
@@ -25,9 +35,9 @@ class Client:
 
     Attributes:
         name: stable over rounds and restarts.
-        node_config: what this device was started with. `name`, `data`, `blocks`
-            and `weights` are its own; `partition-id` and `num-partitions` come
-            from a simulation.
+        node_config: what this device was started with. `name`, `data`,
+            `blocks`, `budget-mib` and `weights` are its own; `partition-id` and
+            `num-partitions` come from a simulation.
         config: the run's.
     """
 
@@ -52,6 +62,16 @@ class Client:
             return min(self.config.plan.blocks_of(partition_id), widest)
         return widest
 
+    def budget_bytes(self) -> int | None:
+        """Memory that this client's training may take; None: as much as it likes."""
+        config = self.config.budget
+        mib = config.of(int(self.node_config.get("partition-id", 0)))
+        if "budget-mib" in self.node_config:
+            mib = budget(self.node_config["budget-mib"])
+        if mib == "auto":
+            return available_bytes(round(config.reserve_mib * MIB))
+        return None if mib == "off" else round(mib * MIB)
+
 
 def enrol(client: Client) -> Enrolment:
     """Say who this is and which classes its images have."""
@@ -73,14 +93,14 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
     config = client.config
     backbone, plan, state = _receive(client, task, payload)
     training, _ = local_data(client.node_config, config.data, config.seed)
-    narrow = plan if plan.method in ("head", "full") else plan.narrow(client.blocks(plan.blocks))
+    narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
     cut = first_trained_step(backbone.steps, plan)
     result = train_locally(
-        TransferModel(backbone, narrow, config.local.stash, cut),
+        TransferModel(backbone, narrow, local.stash, cut),
         relabel(training, task.classes),
         backbone.preprocessing,
-        config.local,
+        local,
         seed=_round_seed(config.seed, task.server_round, client.name),
         features=config.features,
     )
@@ -96,7 +116,7 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         "peak-bytes": result.peak_bytes,
         "seconds": result.seconds,
     }
-    return encode(update, narrow), metrics | device_metrics()
+    return encode(update, narrow), metrics | facts | device_metrics()
 
 
 def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
@@ -112,6 +132,40 @@ def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
         relabel(validation, task.classes),
         backbone.preprocessing,
         features=client.config.features,
+    )
+
+
+def _within_budget(
+    client: Client, backbone: Backbone, plan: UpdatePlan
+) -> tuple[UpdatePlan, LocalConfig, dict[str, int]]:
+    """The sub-plan that this client trains, and how, and what the planner says of it.
+
+    Within a budget the run's batch size is the most, and the stash is the
+    planner's choice.
+    """
+    local, own = client.config.local, plan
+    if plan.method not in ("head", "full"):
+        own = plan.narrow(client.blocks(plan.blocks))
+    budget_bytes = client.budget_bytes()
+    if budget_bytes is None:
+        return own, local, {}
+    found = _afford(backbone, own, budget_bytes, local, first_trained_step(backbone.steps, plan))
+    facts = {"budget-bytes": budget_bytes, "planned-peak-bytes": found.peak_bytes}
+    return found.plan, replace(local, stash=found.stash, batch_size=found.batch_size), facts
+
+
+@lru_cache(maxsize=64)  # a simulated fleet's devices have few different budgets
+def _afford(
+    backbone: Backbone, plan: UpdatePlan, budget_bytes: int, local: LocalConfig, cut: int
+) -> Affordable:
+    return afford(
+        backbone,
+        plan,
+        budget_bytes,
+        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
+        momentum=local.momentum,
+        momentum_dtype=getattr(torch, local.momentum_dtype),
+        cut=cut,
     )
 
 

@@ -100,6 +100,51 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What training may take of a device's memory."""
+
+    mib: str = setting(
+        "budget-mib",
+        "memory that a client's training may take beyond the model: off, auto (what the device "
+        "has free), or MiB; several (16,64) are dealt out in turn",
+    )
+    reserve_mib: float = setting("reserve-mib", "free memory that auto leaves to everything else")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reserve_mib < math.inf:
+            raise ConfigError(f"reserve-mib must be at least 0 and finite, got {self.reserve_mib}")
+        _ = self.choices
+
+    @property
+    def choices(self) -> tuple[float | str, ...]:
+        """`off`, `auto` or MiB, in the order in which clients get them."""
+        return tuple(budget(choice) for choice in self.mib.split(","))
+
+    def of(self, partition_id: int) -> float | str:
+        """The budget of one simulated client."""
+        return self.choices[partition_id % len(self.choices)]
+
+
+def budget(value: Value) -> float | str:
+    """`off`, `auto` or a number of MiB.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if str(value).strip() in ("off", "auto"):
+        return str(value).strip()
+    try:
+        mib = float(value)
+    except ValueError:
+        mib = math.nan
+    if not 0 < mib < math.inf:
+        raise ConfigError(
+            f"budget-mib must be off, auto or a number of MiB above 0, such as 64; got {value}"
+        )
+    return mib
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalConfig:
     """One client's round."""
 
@@ -200,6 +245,7 @@ class RunConfig:
     model: ModelConfig
     plan: PlanConfig
     local: LocalConfig
+    budget: BudgetConfig
     features: FeatureConfig
     federation: FederationConfig
     seed: int = setting("seed", "decides partition, sampling and the order of images")
@@ -272,7 +318,7 @@ def _build(section: type, values: Mapping[str, Value]) -> Any:
 def _typed(key: str, value: Value, wanted: type) -> Value:
     if wanted is float and type(value) is int:
         return float(value)
-    if wanted is str and type(value) is int:  # blocks=3 and blocks="1,3" both come
+    if wanted is str and type(value) in (int, float):  # blocks=3 and blocks="1,3" both come
         return str(value)
     if key == "blocks" and isinstance(value, list):
         raise ConfigError(f'blocks must be text, such as "1,3,5"; got the list {value}')

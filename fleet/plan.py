@@ -83,6 +83,9 @@ class UpdatePlan:
     train_tail: bool
     specs: tuple[TensorSpec, ...]
 
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all of the plan, the weights digest inside."""

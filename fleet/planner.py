@@ -16,7 +16,6 @@ import torch
 from fleet.backbones import Backbone
 from fleet.errors import ConfigError
 from fleet.measure import StepCost, dry_run
-from fleet.mobiletl import first_trained_step
 from fleet.plan import UpdatePlan
 
 # From the most exact on; of the two that round nothing, the faster first.
@@ -69,7 +68,7 @@ def afford(
     stashes: tuple[str, ...] = STASHES_BY_EXACTNESS,
     momentum: float = 0.9,
     momentum_dtype: torch.dtype = torch.float32,
-    in_fleet: bool = False,
+    cut: int | None = None,
 ) -> Affordable:
     """The largest sub-plan of `widest` whose training fits into a budget.
 
@@ -82,14 +81,13 @@ def afford(
         stashes: to choose from, the most wanted first; of `mobiletl` only.
         momentum: of the optimiser; 0 keeps no buffers.
         momentum_dtype: of its buffers.
-        in_fleet: features are cut where the widest plan is, whatever trains.
+        cut: step at which features are cut, as `TransferModel` takes it.
 
     Raises:
         ConfigError: if not even the narrowest plan fits; tells the floor.
     """
     if widest.method != "mobiletl":
         stashes = ("published",)
-    cut = first_trained_step(backbone.steps, widest) if in_fleet else None
 
     @cache
     def cost(blocks: int, stash: str, batch_size: int, cached: bool = False) -> StepCost:
@@ -119,7 +117,7 @@ def afford(
     if blocks is None:
         stash, floor = leanest(narrowest)
         raise ConfigError(
-            f"budget-mib {budget_bytes / MIB:g} is below the floor of {_mib(floor.peak_bytes)}, "
+            f"budget-mib {budget_bytes / MIB:.4g} is below the floor of {_mib(floor.peak_bytes)}, "
             f"which {_words(widest.narrow(narrowest), stash)} takes at batch {batch_sizes[0]} and "
             f"{backbone.preprocessing.image_size} px; {floor.peak_in} sets it: raise the budget, "
             f"or lower batch-size or image-size"

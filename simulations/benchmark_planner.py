@@ -80,7 +80,7 @@ def measure(backbone: Backbone, plan: UpdatePlan, stash: str, batch_size: int, c
     size = backbone.preprocessing.image_size
     pixels = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
     labels = torch.arange(batch_size) % backbone.num_classes
-    kept = model.features(pixels) if cached and model.cut else None
+    kept = model.features(pixels) if cached and model.freezes_blocks else None
     with allocator_peak() as peak:
         for _ in range(2):
             if kept is None:  # decoding an image makes a tensor, which the copy stands for

@@ -33,8 +33,8 @@ class FeatureSource:
     what is in the cache.
 
     Args:
-        model: its `features` are what the batches hold. If its frozen half is
-            empty there is nothing to cache, and the batches hold images.
+        model: its `features` are what the batches hold; nothing is cached if
+            no block is frozen.
         data: the images.
         preprocessing: the backbone's.
         config: cache and augmentation; None: neither.
@@ -123,7 +123,7 @@ class FeatureSource:
 
     def _open_cache(self) -> FeatureCache | nullcontext[None]:
         config = self._config
-        if config is None or config.cache == "off" or not self._model.cut:
+        if config is None or config.cache == "off" or not self._model.freezes_blocks:
             return nullcontext()
         size = self._preprocessing.image_size
         probe = self._model.features(torch.zeros(1, 3, size, size, device=self._device))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fleet.backbones import Backbone
-from fleet.measure.setup import Setup, can_cache
+from fleet.measure.setup import Setup
 from fleet.measure.step import Measurement
 from fleet.plan import STASHES
 
@@ -55,7 +55,7 @@ def contenders(setup: Setup, backbone: Backbone) -> Iterator[Setup]:
     ways += [("mobiletl", stash) for stash in reversed(STASHES)]
     for method, stash in ways:
         one = replace(setup, method=method, stash=stash)
-        yield replace(one, cached=setup.cached and can_cache(one.model(backbone)))
+        yield replace(one, cached=setup.cached and one.model(backbone).freezes_blocks)
 
 
 def rows(measurements: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:

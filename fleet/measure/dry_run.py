@@ -84,7 +84,7 @@ def dry_run(
     optimizer = SGD(
         model.trainable_parameters(), 1.0, momentum=momentum, momentum_dtype=momentum_dtype
     )
-    cached = cached and model.cut > 0
+    cached = cached and model.freezes_blocks
     with _Ledger([]):  # one that nobody asks
         like = _run_images(model, 1) if cached else None
     labels = torch.empty(batch_size, dtype=torch.long, device="meta")

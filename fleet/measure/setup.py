@@ -83,7 +83,7 @@ class Subject:
     def __init__(self, setup: Setup, backbone: Backbone) -> None:
         self.setup = setup
         self.model = setup.model(backbone)
-        if setup.cached and not can_cache(self.model):
+        if setup.cached and not self.model.freezes_blocks:
             raise ConfigError(
                 f"{setup.method} on {self.model.plan.blocks} blocks of {setup.backbone} leaves no "
                 f"block frozen whose output could be cached; measure it without --cached"
@@ -118,11 +118,6 @@ class Subject:
     def step(self) -> None:
         """Batch, forward, backward, update."""
         take_step(self.model, self.optimizer, self.batch(), self.labels)
-
-
-def can_cache(model: TransferModel) -> bool:
-    """Whether a block is frozen; the stem's output alone is larger than the image."""
-    return any(step.block is not None for step in model.frozen_steps)
 
 
 def _features_shape(model: TransferModel, backbone: Backbone, setup: Setup) -> torch.Size:

@@ -137,6 +137,11 @@ class TransferModel(nn.Module):
         loss.backward()
         return value
 
+    @property
+    def freezes_blocks(self) -> bool:
+        """Whether `features` are worth keeping: the stem's output is larger than an image."""
+        return any(step.block is not None for step in self.frozen_steps)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""
         names = self.plan.by_name

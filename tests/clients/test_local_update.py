@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -198,3 +200,76 @@ def test_a_device_that_misstates_its_blocks_is_told_so(blocks):
     client = Client("pi-01", {"blocks": blocks}, read_config(default_settings()))
     with pytest.raises(ConfigError, match=f"blocks in this node's configuration .* {blocks!r}"):
         client.blocks(5)
+
+
+@pytest.mark.parametrize(
+    ("node", "setting", "expected"),
+    [
+        ({}, "off", None),
+        ({}, "24", 24 * 2**20),
+        ({"partition-id": 3}, "8,16.5", round(16.5 * 2**20)),
+        ({"partition-id": 4}, "8,off", 8 * 2**20),
+        ({"partition-id": 3}, "8,off", None),
+        ({"budget-mib": 32}, "off", 32 * 2**20),
+        ({"budget-mib": "off"}, "64", None),
+        ({"budget-mib": 1.5}, "auto", round(1.5 * 2**20)),
+    ],
+)
+def test_a_budget_is_the_device_s_own_or_the_run_s(node, setting, expected):
+    assert client(node, budget_mib=setting).budget_bytes() == expected
+
+
+def test_an_automatic_budget_is_what_is_free_less_the_reserve(monkeypatch):
+    free = SimpleNamespace(available=2**30)
+    monkeypatch.setattr("fleet.planner.psutil.virtual_memory", lambda: free)
+    own = client(budget_mib="auto", reserve_mib=24.0)
+    assert own.budget_bytes() <= 2**30 - 24 * 2**20
+    free.available = 2**20
+    assert own.budget_bytes() == 0
+
+
+def test_a_device_trains_what_its_budget_allows():
+    _, _, task, payload = server(blocks=11)
+    seen = []
+    for mib in ("2", "8", "off"):
+        own = client({"partition-id": 0, "num-partitions": 3}, blocks="11", budget_mib=mib)
+        _, metrics = train_task(own, task, payload)
+        seen.append(metrics["blocks"])
+        if mib != "off":
+            assert metrics["peak-bytes"] <= 1.02 * metrics["planned-peak-bytes"]
+            assert metrics["planned-peak-bytes"] <= metrics["budget-bytes"] == int(mib) * 2**20
+    assert seen == sorted(seen) and seen[0] < seen[1] <= seen[2] == 11
+
+
+def test_a_budget_does_not_widen_what_a_device_was_told_to_train():
+    _, _, task, payload = server(blocks=5)
+    own = client(OWN | {"blocks": 2, "budget-mib": 500})
+    _, metrics = train_task(own, task, payload)
+    assert metrics["blocks"] == 2
+
+
+def test_a_budget_below_the_floor_is_a_refusal_with_its_reason():
+    _, _, task, payload = server()
+    with pytest.raises(ConfigError, match=r"budget-mib 0\.01 is below the floor of \d"):
+        train_task(client(OWN | {"budget-mib": 0.01}), task, payload)
+
+
+@pytest.mark.parametrize("value", ["much", "0", "-3", "nan", "inf", "8,,16", ""])
+def test_a_budget_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match="budget-mib must be off, auto or a number of MiB above"):
+        client(budget_mib=value)
+
+
+@pytest.mark.parametrize("value", ["much", 0, -3.5, "nan"])
+def test_a_device_that_misstates_its_budget_is_told_so(value):
+    with pytest.raises(ConfigError, match=f"budget-mib must be off, .* such as 64; got {value}"):
+        client({"budget-mib": value}).budget_bytes()
+
+
+def test_features_are_cut_where_the_widest_plan_is(monkeypatch, tmp_path):
+    """A narrow device keeps the same features whatever others do to the blocks above."""
+    monkeypatch.setenv("FLEET_CACHE", str(tmp_path))
+    _, _, task, payload = server(blocks=4)
+    for blocks in (1, 4):
+        train_task(client(OWN | {"blocks": blocks}), task, payload)
+    assert len(list(tmp_path.iterdir())) == 1

@@ -29,8 +29,9 @@ def test_every_default_lands_under_its_own_name():
     for key, kind, _ in describe_settings():
         if kind is str:
             continue
+        needs = {"augmentation": "flip"} if key == "views" else {}
         value = probes[kind](default_settings()[key])
-        settings = default_settings() | {key: value}
+        settings = default_settings() | needs | {key: value}
         assert read_config(settings).as_settings() == settings
 
 
@@ -44,7 +45,9 @@ def test_defaults_and_descriptions_name_the_same_settings():
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown setting epochs; known: backbone, ") as error:
+    with pytest.raises(
+        ConfigError, match="unknown setting epochs; known: augmentation, b"
+    ) as error:
         read_config(changed(epochs=3))
     assert all(key in str(error.value) for key in default_settings())
 
@@ -67,7 +70,8 @@ def test_a_missing_setting_is_named(key):
         ("momentum", "0.9", r"momentum must be float, got '0.9' \(str\)"),
         ("train-tail", 1, r"train-tail must be bool, got 1 \(int\)"),
         ("data", True, r"data must be str, got True \(bool\)"),
-        ("blocks", 1.5, r"blocks must be str, got 1.5 \(float\)"),
+        ("blocks", [1, 3], r'blocks must be text, such as "1,3,5"; got the list \[1, 3\]'),
+        ("blocks", 1.5, r"blocks must be whole numbers of at least 0, such as 3 .*; got 1.5"),
     ],
 )
 def test_a_value_of_another_type_is_refused(key, value, text):

@@ -82,7 +82,7 @@ def peak_of_training(backbone, plan, stash, batch_size, cached):
     features = model.features(pixels)
     with allocator_peak() as peak:
         for _ in range(3):
-            if cached and model.cut:
+            if cached and model.freezes_blocks:
                 x = features.clone()
             else:
                 x = run_in_parts(model, batch_size, lambda part: pixels[part].clone())
