@@ -22,6 +22,7 @@ AUGMENTATIONS = ("none", "crop", "flip", "flip+crop")
 CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
+SCHEDULES = ("constant", "cosine")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
 
@@ -151,6 +152,10 @@ class LocalConfig:
     epochs: int = setting("local-epochs", "passes over a client's images a round")
     batch_size: int = setting("batch-size", "examples a step")
     learning_rate: float = setting("learning-rate", "of the clients' SGD")
+    schedule: str = setting(
+        "schedule",
+        f"of the learning rate over a local training: {', '.join(SCHEDULES)} (falls to nought)",
+    )
     momentum: float = setting("momentum", "of the clients' SGD")
     momentum_dtype: str = setting(
         "momentum-dtype", f"of its buffers: {', '.join(MOMENTUM_DTYPES)} (stochastically rounded)"
@@ -167,6 +172,7 @@ class LocalConfig:
                 f"weight-decay must be at least 0 and finite, got {self.weight_decay}"
             )
         _check_one_of("stash", self.stash, STASHES)
+        _check_one_of("schedule", self.schedule, SCHEDULES)
         _check_one_of("momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
         _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
         if not 0 < self.learning_rate < math.inf:

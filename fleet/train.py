@@ -1,5 +1,6 @@
 """The local loop, shared by devices, simulations and library users."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fleet.backbones import Preprocessing
 from fleet.config import FeatureConfig, LocalConfig
-from fleet.data import ImageData
+from fleet.data import ImageData, batch_positions
 from fleet.errors import ConfigError, UpdateError
 from fleet.features import FeatureSource
 from fleet.heap import trim
@@ -80,8 +81,12 @@ def train_locally(
     views = features.views if features else 1
     started, losses, told = time.perf_counter(), [], 0.0
 
+    steps = config.epochs * len(batch_positions(len(data), config.batch_size))
+
     def train_on(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         for x, labels in batches:
+            if config.schedule == "cosine":
+                optimizer.learning_rate = config.learning_rate * cosine(len(losses) / steps)
             try:
                 losses.append(take_step(model, optimizer, x, labels) * len(labels))
             except UpdateError as error:
@@ -131,6 +136,14 @@ def take_step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor) -
         optimizer.step()
     trim()
     return loss
+
+
+def cosine(done: float) -> float:
+    """Share of the learning rate when a share `done` of the steps is done: from 1 to 0.
+
+    Source: Loshchilov and Hutter, SGDR, arXiv:1608.03983, without restarts.
+    """
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _epochs(

@@ -50,7 +50,8 @@ class Convolution:
         """
         conv, padded = self._conv, pad_for(self._conv, x)
         wants_weight = conv.weight.requires_grad
-        fold = wants_weight and conv.groups == conv.in_channels and _is_slow(conv, x)
+        one_to_one = conv.groups == conv.in_channels == conv.out_channels
+        fold = wants_weight and one_to_one and _is_slow(conv, x)
         d_input, d_weight, _ = torch.ops.aten.convolution_backward(
             d, padded, self._weight, None, conv.stride, conv.padding, _dilation(conv), False,
             [0, 0], conv.groups, [wants_input, wants_weight and not fold, False],

@@ -19,6 +19,7 @@ CONFIG = dict(
     epochs=1,
     batch_size=8,
     learning_rate=0.05,
+    schedule="constant",
     momentum=0.9,
     momentum_dtype="float32",
     weight_decay=0.0,
