@@ -37,7 +37,7 @@ class Point:
     @property
     def label(self) -> str:
         """What the point's shape and colour do not say already; the default stash goes unsaid."""
-        return self.name.removeprefix(f"{self.family} ").removesuffix(" recompute")
+        return self.name.removeprefix(f"{self.family} ").replace(" recompute", "")
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +67,7 @@ def points_of(path: Path) -> list[Point]:
     by_method = defaultdict(list)
     for cell in read_cells(path):
         if not cell["tuning"]:
-            by_method[cell["method"], cell["blocks"], cell["stash"]].append(cell)
+            by_method[cell["method"], cell["blocks"], cell["stash"], cell["views"]].append(cell)
     return [_point(cells) for cells in by_method.values()]
 
 
@@ -133,8 +133,9 @@ def _point(cells: list[dict]) -> Point:
     first = cells[0]
     method = first["method"].partition("+")[0].replace("bias-only", "shifts")
     k = f"k={first['blocks']}" if first["blocks"] else ""
+    views = f"{first['views']} views" if first["views"] > 1 else ""
     return Point(
-        name=" ".join(filter(None, (first["method"], k, first["stash"]))),
+        name=" ".join(filter(None, (first["method"], k, first["stash"], views))),
         family=method,
         accuracies=tuple(100 * cell["accuracy"] for cell in cells),
         peak_mib=first["peak_bytes"] / 2**20,
