@@ -24,6 +24,8 @@ MIN_BATCH_SIZE = 8  # statistics of smaller batches teach badly
 
 MIB = 2**20
 
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Affordable:
@@ -112,9 +114,14 @@ def afford(
         costs = {stash: cost(blocks, stash, batch_sizes[0]) for stash in stashes}
         return min(costs.items(), key=lambda item: item[1].peak_bytes)
 
-    narrowest = widest.blocks if widest.method == "full" else 0
-    blocks = _last(range(narrowest, widest.blocks + 1), lambda k: fitting(k) is not None)
+    choices = range(widest.blocks if widest.method == "full" else 0, widest.blocks + 1)
+    if widest.method == "shifts":  # may take less than the weights that norms fold into, frozen
+        blocks = next((k for k in reversed(choices) if fitting(k)), None)
+    else:
+        blocks = _last(choices, lambda k: fitting(k) is not None)
     if blocks is None:
+        candidates = choices if widest.method == "shifts" else choices[:1]
+        narrowest = min(candidates, key=lambda k: leanest(k)[1].peak_bytes)
         stash, floor = leanest(narrowest)
         raise ConfigError(
             f"budget-mib {budget_bytes / MIB:.4g} is below the floor of {_mib(floor.peak_bytes)}, "
@@ -164,22 +171,31 @@ def available_bytes(reserve_bytes: int) -> int:
 
 def _control_groups() -> list[tuple[int, int]]:
     """(limit, used) in bytes of every control group that this process is in and that has one."""
-    found = []
     try:
-        (line,) = [
-            line for line in Path("/proc/self/cgroup").read_text().splitlines() if "0::" in line
-        ]
-        root = Path("/sys/fs/cgroup")
-        group = root / line.removeprefix("0::/")
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:  # no Linux
+        return []
+    found = []
+    for line in lines:
+        if not line.startswith("0::/"):  # of the first version of control groups
+            continue
+        group = _GROUPS / line.removeprefix("0::/")
         for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
+            if not folder.is_relative_to(_GROUPS):
                 break
-            limit, used = folder / "memory.max", folder / "memory.current"
-            if limit.is_file() and (text := limit.read_text().strip()) != "max":
-                found.append((int(text), int(used.read_text())))
-    except (OSError, ValueError):  # no Linux, an older one, or not to be read
-        return found
+            try:
+                limit = (folder / "memory.max").read_text().strip()
+                if limit != "max":
+                    found.append((int(limit), _used_bytes(folder)))
+            except (OSError, ValueError):  # the root has none, or it is not to be read
+                continue
     return found
+
+
+def _used_bytes(folder: Path) -> int:
+    """Of a control group, without pages of files that the kernel drops before it kills."""
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
 
 
 def _last(rising: range | tuple[int, ...], works: Callable[[int], bool]) -> int | None:

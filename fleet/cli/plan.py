@@ -1,5 +1,7 @@
 """`fleet plan`."""
 
+import math
+
 import click
 
 from fleet.cli.options import format_option
@@ -58,8 +60,10 @@ def command(
     Nothing is trained: candidates run on tensors without memory.
     """
     for name, value in (("budget-mib", budget_mib), ("num-examples", num_examples)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} must be above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be above 0 and finite, got {value}")
+    if not 0 <= reserve_mib < math.inf:
+        raise ConfigError(f"reserve-mib must be at least 0 and finite, got {reserve_mib}")
     if not 1 <= min_batch_size <= max_batch_size:
         raise ConfigError(
             f"batch sizes must be at least 1 and rise, got {min_batch_size} to {max_batch_size}"

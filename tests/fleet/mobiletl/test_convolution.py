@@ -175,7 +175,7 @@ def test_dilation_changes_no_pointwise_conv(images, stride):
 
 @pytest.mark.parametrize(("kernel", "side"), [(3, 1), (3, 2), (5, 1), (5, 2), (5, 7)])
 def test_gradient_of_a_depthwise_weight_takes_little_room(kernel, side):
-    """oneDNN's own takes 258 times the weight's in all of these but those of one pixel."""
+    """oneDNN's own takes 258 times the weight's for all of these maps but those of one pixel."""
     conv = nn.Conv2d(576, 576, kernel, padding=kernel // 2, groups=576, bias=False)
     x = torch.randn(2, 576, side, side).contiguous(memory_format=torch.channels_last)
     d = torch.randn_like(x)
@@ -183,5 +183,5 @@ def test_gradient_of_a_depthwise_weight_takes_little_room(kernel, side):
         folded = Convolution(conv)
         with allocator_peak() as peak:
             folded.backward(d, x, wants_input=True)
-    print(kernel, side, peak.bytes / conv.weight.nbytes)
-    assert peak.bytes < 10 * max(conv.weight.nbytes, x.nbytes)
+    assert peak.bytes < 10 * (conv.weight.nbytes + x.nbytes), peak.bytes / conv.weight.nbytes
+    assert side > 1 or peak.bytes < 10 * conv.weight.nbytes
