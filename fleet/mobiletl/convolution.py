@@ -88,7 +88,7 @@ def _dilation(conv: nn.Conv2d) -> tuple[int, ...]:
 
 
 def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether oneDNN's own gradient of a depthwise weight takes 257 times the weight's room.
+    """Whether oneDNN's own gradient of a depthwise weight takes up to 300 times the weight's room.
 
     It is nine times slower for 5×5 at two images of 1152×7×7, and allocates 28 MiB.
     """
