@@ -139,6 +139,17 @@ def read_backbone(
     Raises:
         ConfigError: if it has no inverted-residual blocks or no linear head.
     """
+    for tensor_name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise ConfigError(
+                f"{name} has {tensor_name} as {tensor.dtype}, training is in torch.float32; "
+                f"convert the model with .float()"
+            )
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"{name} has values in {tensor_name} that are NaN or infinite; load its weights "
+                f"again"
+            )
     steps = trace(model)
     head = steps[-1]
     if not isinstance(head.module, nn.Linear):

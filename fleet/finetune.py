@@ -1,8 +1,9 @@
 """Fine-tune one model within a memory budget, without any federation."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,20 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from fleet.backbones import Backbone, Preprocessing, load_backbone, preprocessing_of, read_backbone
-from fleet.config import RunConfig, Value, default_settings, read_config
+from fleet.config import (
+    FeatureConfig,
+    LocalConfig,
+    RunConfig,
+    Value,
+    budget,
+    default_settings,
+    read_config,
+)
 from fleet.data import ImageData, load_data, of_dataset, to_tensor
-from fleet.errors import UpdateError
+from fleet.errors import ConfigError, UpdateError
 from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, make_plan
-from fleet.planner import MIB, MIN_BATCH_SIZE, afford, batch_sizes_between
+from fleet.planner import MIB, MIN_BATCH_SIZE, afford, available_bytes, batch_sizes_between
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device, train_locally
 
@@ -59,7 +68,7 @@ def fit(
     data: Any,
     *,
     epochs: int = 3,
-    budget_mib: float | None = None,
+    budget_mib: float | str | None = None,
     blocks: int | None = None,
     image_size: int = 224,
     preprocessing: Preprocessing | None = None,
@@ -77,29 +86,33 @@ def fit(
         epochs: passes over the images.
         budget_mib: for what PyTorch allocates beyond the loaded model; decides
             how many blocks train, what is kept for backward, and the batch
-            size, the setting being the most. None: no limit.
+            size, the setting being the most. `auto`: what is free here, less
+            the setting reserve-mib. None: no limit.
         blocks: how many train at most; None: all that the budget allows, or
             five if there is none.
-        image_size: pixels a side.
+        image_size: pixels a side, unless `preprocessing` says.
         preprocessing: what the model expects of an image, for a model that
             does not tell; ImageNet's usual one if left out.
-        settings: of `fleet simulate` (learning-rate, batch-size, stash, cache,
-            seed, …), where they should not be the defaults.
+        settings: of `fleet simulate` that are of one device's training
+            (learning-rate, schedule, batch-size, stash, cache, seed, …), where
+            they should not be the defaults.
         on_epoch: is given each epoch's number, from 0 on, and its mean loss.
 
     Raises:
         ConfigError: for settings, data or a model that will not do, or a budget
-            that is below the floor.
-        UpdateError: if the loss is no longer finite; the model is as it was
-            after the last epoch.
+            that is below the floor; the model is as it was.
+        UpdateError: if the loss, or the model's output, is no longer finite; the
+            model is as it was after the last epoch after which it was.
     """
     config = _config(model, epochs, image_size, settings or {})
     images = _images(data, config)
-    backbone, flags = _backbone(model, images, preprocessing, config)
-    plan, stash, batch_size = _affordable(backbone, config, budget_mib, blocks)
+    with _unharmed(model):
+        backbone = _backbone(model, images, preprocessing, config)
+        plan, stash, batch_size = _affordable(backbone, config, budget_mib, blocks)
+    flags = {p: p.requires_grad for p in model.parameters()} if backbone.model is model else {}
     local = replace(config.local, batch_size=batch_size, stash=stash)
     losses: list[float] = []
-    with _LastGood(backbone.model, plan) as last_good:
+    with _LastGood(backbone, plan, images) as last_good:
 
         def end_epoch(epoch: int, loss: float) -> None:
             last_good.save(f"after epoch {epoch}")
@@ -120,8 +133,8 @@ def fit(
             raise UpdateError(f"{error}; the model is as it was {last_good.restore()}") from error
         finally:
             backbone.model.eval()
-            for name, parameter in backbone.model.named_parameters():
-                parameter.requires_grad_(flags.get(name, True))
+            for parameter in backbone.model.parameters():
+                parameter.requires_grad_(flags.get(parameter, True))
     return Fitted(
         model=backbone.model,
         classes=images.classes,
@@ -135,13 +148,62 @@ def fit(
     )
 
 
+_ARGUMENTS = {  # settings that have an argument of their own → which
+    "backbone": "model",
+    "data": "data",
+    "local-epochs": "epochs",
+    "budget-mib": "budget_mib",
+    "blocks": "blocks",
+    "image-size": "image_size",
+}
+_SETTINGS = {
+    *(f.metadata["key"] for section in (LocalConfig, FeatureConfig) for f in fields(section)),
+    *("method", "train-tail", "weights", "seed", "skip-unreadable", "reserve-mib"),
+} - _ARGUMENTS.keys()
+
+
 def _config(
     model: nn.Module | str, epochs: int, image_size: int, settings: Mapping[str, Value]
 ) -> RunConfig:
+    for key in settings:
+        if key in _ARGUMENTS:
+            raise ConfigError(f"setting {key} is the argument {_ARGUMENTS[key]} of fit")
+        if key not in _SETTINGS:
+            raise ConfigError(
+                f"fit has no use for a setting {key}; known: {', '.join(sorted(_SETTINGS))}"
+            )
     own = {"local-epochs": epochs, "image-size": image_size}
     if isinstance(model, str):
         own["backbone"] = model
+    elif not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model is a {type(model).__name__}, expected a torchvision or timm model, or the name "
+            f"of one"
+        )
     return read_config(default_settings() | own | dict(settings))
+
+
+@contextmanager
+def _unharmed(model: nn.Module | str) -> Iterator[None]:
+    """A model that will not do is given back as it was: with its head, flags and mode."""
+    if isinstance(model, str):
+        yield
+        return
+    flags = {p: p.requires_grad for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        yield
+    except Exception:
+        for name, linear in linears[-1:]:
+            model.set_submodule(name, linear)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+        raise
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
 
 
 def _images(data: Any, config: RunConfig) -> ImageData:
@@ -158,8 +220,8 @@ def _backbone(
     images: ImageData,
     preprocessing: Preprocessing | None,
     config: RunConfig,
-) -> tuple[Backbone, dict[str, bool]]:
-    """The backbone, on its device, and which parameters of a given model required gradients."""
+) -> Backbone:
+    """The backbone, on its device."""
     if isinstance(model, str):
         backbone = load_backbone(
             model,
@@ -169,32 +231,36 @@ def _backbone(
             weights=config.model.weights,
             seed=config.seed,
         )
-        flags = {}
     else:
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
         told = preprocessing or preprocessing_of(model, config.model.image_size)
         backbone = read_backbone(type(model).__name__, model, told, len(images.classes))
     backbone.model.to(pick_device(config.local.device))
-    return backbone, flags
+    return backbone
 
 
 def _affordable(
-    backbone: Backbone, config: RunConfig, budget_mib: float | None, blocks: int | None
+    backbone: Backbone, config: RunConfig, budget_mib: float | str | None, blocks: int | None
 ) -> tuple[UpdatePlan, str, int]:
     """Plan, stash and batch size; what the budget does not decide is as set."""
-    count = len(backbone.blocks)
+    count, limit = len(backbone.blocks), budget("off" if budget_mib is None else budget_mib)
     if blocks is None:
-        blocks = count if budget_mib is not None else min(_BLOCKS, count)
+        blocks = min(_BLOCKS, count) if limit == "off" else count
+    elif type(blocks) is not int:
+        raise ConfigError(f"blocks must be a whole number, got {blocks!r}")
     widest = make_plan(
         backbone, method=config.plan.method, blocks=blocks, train_tail=config.plan.train_tail
     )
     local = config.local
-    if budget_mib is None:
+    if limit == "off":
         return widest, local.stash, local.batch_size
+    if limit == "auto":
+        budget_bytes = available_bytes(round(config.budget.reserve_mib * MIB))
+    else:
+        budget_bytes = round(limit * MIB)
     found = afford(
         backbone,
         widest,
-        round(budget_mib * MIB),
+        budget_bytes,
         batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
         momentum=local.momentum,
         momentum_dtype=getattr(torch, local.momentum_dtype),
@@ -205,23 +271,44 @@ def _affordable(
 class _LastGood:
     """What trains, as it was when it was last in order; on the disk, as memory is short."""
 
-    def __init__(self, model: nn.Module, plan: UpdatePlan) -> None:
-        self._model, self._plan, self._when = model, plan, ""
+    def __init__(self, backbone: Backbone, plan: UpdatePlan, images: ImageData) -> None:
+        self._model, self._plan, self._when = backbone.model, plan, ""
+        few = [images.read(i) for i in range(min(2, len(images)))]
+        self._probe = [to_tensor(image, backbone.preprocessing) for image in few]
 
     def __enter__(self) -> "_LastGood":
         self._folder = tempfile.TemporaryDirectory()
         self._file = Path(self._folder.name) / "state.safetensors"
-        self.save("before training")
+        self._write("before training")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
     def save(self, when: str) -> None:
-        save_file(dict(capture(self._model, self._plan).tensors), self._file)
-        self._when = when
+        """Keep the state if the model's output is finite.
+
+        Raises:
+            UpdateError: if it is not.
+        """
+        if self._probe and not self._output().isfinite().all():
+            raise UpdateError(f"the model's output is not finite {when}; lower learning-rate")
+        self._write(when)
 
     def restore(self) -> str:
         """Put it back into the model; says of when it is."""
         load(self._model, TrainableState(self._plan, load_file(self._file)))
         return self._when
+
+    def _write(self, when: str) -> None:
+        save_file(dict(capture(self._model, self._plan).tensors), self._file)
+        self._when = when
+
+    def _output(self) -> Tensor:
+        modes = {module: module.training for module in self._model.modules()}
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            output = self._model.eval()(torch.stack(self._probe).to(device))
+        for module, mode in modes.items():
+            module.training = mode
+        return output

@@ -93,16 +93,22 @@ def afford(
 
     @cache
     def cost(blocks: int, stash: str, batch_size: int, cached: bool = False) -> StepCost:
-        return dry_run(
-            backbone,
-            widest.narrow(blocks),
-            stash,
-            batch_size=batch_size,
-            cached=cached,
-            momentum=momentum,
-            momentum_dtype=momentum_dtype,
-            cut=cut,
-        )
+        try:
+            return dry_run(
+                backbone,
+                widest.narrow(blocks),
+                stash,
+                batch_size=batch_size,
+                cached=cached,
+                momentum=momentum,
+                momentum_dtype=momentum_dtype,
+                cut=cut,
+            )
+        except ValueError as error:  # of batch norm: one value a channel has no variance
+            raise ConfigError(
+                f"a batch of {batch_size} at {backbone.preprocessing.image_size} px is too little "
+                f"to train on: {error}; raise batch-size or image-size"
+            ) from error
 
     def fits(blocks: int, stash: str, batch_size: int) -> bool:
         return cost(blocks, stash, batch_size).peak_bytes <= budget_bytes
@@ -113,6 +119,13 @@ def afford(
     def leanest(blocks: int) -> tuple[str, StepCost]:
         costs = {stash: cost(blocks, stash, batch_sizes[0]) for stash in stashes}
         return min(costs.items(), key=lambda item: item[1].peak_bytes)
+
+    def too_large(blocks: int, stash: str, batch_size: int) -> str:
+        need = cost(blocks, stash, batch_size)
+        return (
+            f"{_words(widest.narrow(blocks), stash)} needs {_mib(need.peak_bytes)} at batch "
+            f"{batch_size}, the budget is {_mib(budget_bytes)}; {need.peak_in} needs the most"
+        )
 
     choices = range(widest.blocks if widest.method == "full" else 0, widest.blocks + 1)
     if widest.method == "shifts":  # may take less than the weights that norms fold into, frozen
@@ -132,20 +145,20 @@ def afford(
     stash = fitting(blocks)
     batch_size = _last(batch_sizes, lambda n: fits(blocks, stash, n))
     first, later = (cost(blocks, stash, batch_size, cached) for cached in (False, True))
-    why = ""
+    larger = None  # in the order in which the planner wishes: blocks, stash, batch
     if blocks < widest.blocks:
-        lean, need = leanest(blocks + 1)
-        why = (
-            f"{_words(widest.narrow(blocks + 1), lean)} needs {_mib(need.peak_bytes)} at batch "
-            f"{batch_sizes[0]}, the budget is {_mib(budget_bytes)}; {need.peak_in} needs the most"
-        )
+        larger = (blocks + 1, leanest(blocks + 1)[0], batch_sizes[0])
+    elif stash != stashes[0]:
+        larger = (blocks, stashes[stashes.index(stash) - 1], batch_sizes[0])
+    elif batch_size < batch_sizes[-1]:
+        larger = (blocks, stash, batch_sizes[batch_sizes.index(batch_size) + 1])
     return Affordable(
         plan=widest.narrow(blocks),
         stash=stash,
         batch_size=batch_size,
         first=first,
         later=later,
-        why_not_larger=why,
+        why_not_larger="" if larger is None else too_large(*larger),
     )
 
 
@@ -162,11 +175,19 @@ def available_bytes(reserve_bytes: int) -> int:
 
     Of what the system has available and what the process's own control group
     still allows (systemd's MemoryMax, a container's limit) the smaller.
+
+    Raises:
+        ConfigError: if there is not more than the reserve.
     """
     free = psutil.virtual_memory().available
     for limit, used in _control_groups():
         free = min(free, limit - used)
-    return max(0, free - reserve_bytes)
+    if free <= reserve_bytes:
+        raise ConfigError(
+            f"{_mib(max(0, free))} of memory are free here and reserve-mib keeps "
+            f"{_mib(reserve_bytes)} of it; lower reserve-mib, or end what else runs"
+        )
+    return free - reserve_bytes
 
 
 def _control_groups() -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ class LocalResult:
         num_examples: images in one epoch.
         loss: mean cross-entropy over all epochs, in nats.
         peak_bytes: most that PyTorch allocated at once beyond the loaded model,
-            over the first two steps: from the second on there is momentum.
+            in the second step, the first in which momentum is there.
         seconds: wall time.
     """
 
@@ -91,8 +91,8 @@ def train_locally(
                 losses.append(take_step(model, optimizer, x, labels) * len(labels))
             except UpdateError as error:
                 raise UpdateError(
-                    f"{error} at step {len(losses)} with learning rate {config.learning_rate}; "
-                    f"lower learning-rate"
+                    f"{error} at step {len(losses)} of {steps}, counted from 0, with learning rate "
+                    f"{optimizer.learning_rate:.4g}; lower learning-rate"
                 ) from error
             except ValueError as error:  # of batch norm: one value a channel has no variance
                 if len(labels) > 1:
@@ -109,16 +109,22 @@ def train_locally(
         on_epoch(epoch, (sum(losses) - told) / len(data))
         told = sum(losses)
 
-    with torch.random.fork_rng(devices=[]):
+    # Whatever the caller has turned off, gradients are needed here.
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         batches = _epochs(source, len(data), views, config, seed, end_epoch)
+        if steps > 1:
+            train_on(islice(batches, 1))
+        momentum = optimizer.nbytes
+        # One step: following the allocator takes a few hundred bytes for every operation.
         with allocator_peak(next(model.parameters()).device) as peak:
-            train_on(islice(batches, 2))
+            train_on(islice(batches, 1))
+        trim()
         train_on(batches)
     return LocalResult(
         num_examples=len(data),
         loss=sum(losses) / (len(data) * config.epochs),
-        peak_bytes=peak.bytes,
+        peak_bytes=momentum + peak.bytes,
         seconds=time.perf_counter() - started,
     )
 

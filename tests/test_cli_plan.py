@@ -145,10 +145,13 @@ def test_a_control_group_bounds_what_is_free(device_with, monkeypatch):
     assert plan_values()["budget_bytes"] == (400 - 139 - 256) * MIB
 
 
-def test_a_device_without_anything_free_is_told_the_floor(device_with):
+def test_a_device_with_less_free_than_the_reserve_is_told_both(device_with):
     device_with(200)
     result = invoke()
-    assert result.exit_code == 1 and "is below the floor of 0.5 MiB" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "MiB of memory are free here and reserve-mib keeps 256.0 MiB of it" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,10 @@ def test_a_device_without_anything_free_is_told_the_floor(device_with):
         (("--reserve-mib", "-1"), "reserve-mib must be at least 0 and finite, got -1.0"),
         (("--reserve-mib", "nan"), "reserve-mib must be at least 0 and finite, got nan"),
         (("--num-examples", "0"), "num-examples must be above 0 and finite, got 0"),
-        (("--budget-mib", "0.1"), "budget-mib 0.1 is below the floor of 0.5 MiB, which the head"),
+        (
+            ("--budget-mib", "0.1"),
+            "budget-mib 0.1 is below the floor of 0.5 MiB, which the head",
+        ),
         (("--backbone", "mobilenet_v9"), "unknown backbone mobilenet_v9; examples"),
         (("--max-blocks", "12"), "blocks is 12, mobilenet_v3_small has 11; choose 0 to 11"),
         (("--max-blocks", "-1"), "blocks is -1, mobilenet_v3_small has 11; choose 0 to 11"),

@@ -37,7 +37,14 @@ def of_dataset(dataset: Any) -> ImageData:
             f"labels of {name} are {labels.dtype} of shape {labels.shape}, expected "
             f"{len(dataset)} whole numbers from 0 on"
         )
-    classes = getattr(dataset, "classes", None) or range(labels.max() + 1)
+    classes = getattr(dataset, "classes", None)
+    if classes is None:
+        if labels.max() >= len(dataset):
+            raise ConfigError(
+                f"{name} has {len(dataset)} examples and labels up to {labels.max()}; number the "
+                f"classes from 0 on, or give the data set `classes`"
+            )
+        classes = range(labels.max() + 1)
     if len(classes) < max(2, labels.max() + 1):
         raise ConfigError(
             f"{name} has {len(classes)} classes and labels up to {labels.max()}; training needs "
@@ -48,10 +55,16 @@ def of_dataset(dataset: Any) -> ImageData:
 
 def _read(dataset: Any, i: int) -> Image.Image:
     item = dataset[i]
-    image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+    image = item[0] if isinstance(item, tuple | list) and len(item) == 2 else None
     if not isinstance(image, Image.Image):
         raise ConfigError(
-            f"item {i} of {type(dataset).__name__} is a {type(image).__name__}, expected a pair of "
-            f"PIL image and label; leave the data set's transform out"
+            f"item {i} of {type(dataset).__name__} is {_kind(item)}, expected a pair of PIL image "
+            f"and label; leave out a transform that makes tensors"
         )
     return image.convert("RGB")
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in item)})"
+    return f"a {type(item).__name__}"

@@ -58,8 +58,7 @@ class ImageData:
         """
         if self.identify is not None:
             return self.identify(i)
-        image = self.read(i)
-        return digest(b"%d x %d RGB" % image.size + image.tobytes())
+        return identity_of(self.read(i))
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageData":
         """The examples at `indices`, in that order, with the same classes."""
@@ -67,6 +66,11 @@ class ImageData:
         read = partial(_at, indices, self.read)
         identify = None if self.identify is None else partial(_at, indices, self.identify)
         return replace(self, labels=self.labels[indices], read=read, identify=identify)
+
+
+def identity_of(image: Image.Image) -> bytes:
+    """The 16-byte BLAKE2b digest of an RGB image's size and pixels."""
+    return digest(b"%d x %d RGB" % image.size + image.tobytes())
 
 
 def decode(image: Path | bytes, where: str) -> Image.Image:

@@ -80,7 +80,7 @@ class FeatureCache:
         self._stores = True
         try:
             self._open()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no path at all
             self._stop_after(error)
 
     def __enter__(self) -> Self:
@@ -314,10 +314,10 @@ class FeatureCache:
                 if opened_at(folder) < before * 1e9:
                     folder.rmdir()
 
-    def _stop_after(self, error: OSError) -> None:
+    def _stop_after(self, error: OSError | ValueError) -> None:
         self._stop(
-            f"feature cache {self._folder} cannot be written: {error.strerror or error}; "
-            f"training goes on uncached"
+            f"feature cache {self._folder} cannot be written: "
+            f"{getattr(error, 'strerror', None) or error}; training goes on uncached"
         )
 
     def _stop(self, why: str) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fleet.backbones import Preprocessing, digest_of
 from fleet.config import FeatureConfig
 from fleet.data import ImageData, batch_positions, to_tensor, view_of
+from fleet.data.images import identity_of
 from fleet.features.cache import FeatureCache
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.chunks import chunks, room
@@ -53,6 +55,7 @@ class FeatureSource:
         self._config = config
         self._device = next(model.parameters()).device
         self._identities: dict[int, bytes] = {}  # position → identity, read once
+        self._read: dict[int, Image.Image] = {}  # of this batch, to tell their identity
 
     def batches(
         self,
@@ -93,6 +96,7 @@ class FeatureSource:
             made = self._model.features(self._images(positions[rows], views))
             cache.write([ids[row] for row in rows], made)
             x[rows] = cache.round_trip(made)
+        self._read.clear()
         return x
 
     def _images(self, positions: np.ndarray, views: np.ndarray) -> Tensor:
@@ -104,7 +108,7 @@ class FeatureSource:
         return images.to(self._device)
 
     def _image(self, position: int, view: int) -> Tensor:
-        image = self._data.read(position)
+        image = self._read.pop(position, None) or self._data.read(position)
         if view:
             image = view_of(image, self._config.augmentation, self._identity(position), view)
         return to_tensor(image, self._preprocessing)
@@ -118,7 +122,13 @@ class FeatureSource:
 
     def _identity(self, position: int) -> bytes:
         if position not in self._identities:
-            self._identities[position] = self._data.identity(position)
+            if self._data.identify is None:
+                # What is cached must be what was identified: a second reading may differ,
+                # as of a data set that transforms at random.
+                self._read[position] = self._data.read(position)
+                self._identities[position] = identity_of(self._read[position])
+            else:
+                self._identities[position] = self._data.identity(position)
         return self._identities[position]
 
     def _open_cache(self) -> FeatureCache | nullcontext[None]:

@@ -98,6 +98,13 @@ def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
 def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, x: Tensor) -> Tensor:
     """The input correlated with the gradient, every image and channel a group of its own."""
     n, c, *size = x.shape
+    if d.shape[2:].numel() == 1:  # one pixel comes out: PyTorch would run group after group
+        padded = F.pad(x, (conv.padding[1],) * 2 + (conv.padding[0],) * 2)
+        taps = [
+            slice(0, (k - 1) * g + 1, g)
+            for k, g in zip(conv.kernel_size, conv.dilation, strict=True)
+        ]
+        return (padded[:, :, taps[0], taps[1]] * d).sum(0)[:, None]
     correlated = F.conv2d(
         x.reshape(1, n * c, *size), d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation,
         conv.padding, conv.stride, groups=n * c,

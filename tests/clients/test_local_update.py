@@ -225,7 +225,8 @@ def test_an_automatic_budget_is_what_is_free_less_the_reserve(monkeypatch):
     own = client(budget_mib="auto", reserve_mib=24.0)
     assert own.budget_bytes() <= 2**30 - 24 * 2**20
     free.available = 2**20
-    assert own.budget_bytes() == 0
+    with pytest.raises(ConfigError, match=r"1.0 MiB of memory are free here and reserve-mib keep"):
+        own.budget_bytes()
 
 
 def test_a_device_trains_what_its_budget_allows():

@@ -145,8 +145,14 @@ def test_settings_are_those_of_simulations(model, digits):
         model, digits, blocks=1, settings={"batch-size": 24, "stash": "int8"}, **SMALL
     )
     assert (fitted.batch_size, fitted.stash) == (24, "int8")
-    with pytest.raises(ConfigError, match="unknown setting learning_rate; known: augmentation"):
-        fleet.fit(model, digits, settings={"learning_rate": 1.0}, **SMALL)
+    for settings, text in (
+        ({"learning_rate": 1.0}, "fit has no use for a setting learning_rate; known: augmentation"),
+        ({"rounds": 3}, "fit has no use for a setting rounds; known: augmentation, batch-size"),
+        ({"blocks": "2"}, "setting blocks is the argument blocks of fit"),
+        ({"local-epochs": 2}, "setting local-epochs is the argument epochs of fit"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            fleet.fit(model, digits, settings=settings, **SMALL)
 
 
 def test_loss_that_is_not_finite_leaves_the_last_good_epoch(model, digits):
@@ -161,8 +167,8 @@ def test_loss_that_is_not_finite_leaves_the_last_good_epoch(model, digits):
     weight = model.classifier[0].weight.detach().clone()
     with pytest.raises(
         UpdateError,
-        match=r"loss is nan at step \d+ with learning rate 0\.02; lower learning-rate; the model "
-        r"is as it was after epoch 1",
+        match=r"loss is nan at step \d+ of \d+, counted from 0, with learning rate 0\.02; lower "
+        r"learning-rate; the model is as it was after epoch 1",
     ):
         fleet.fit(model, digits, blocks=2, image_size=32, epochs=4, on_epoch=poison,
                   settings={"cache": "off"})  # fmt: skip
@@ -229,7 +235,9 @@ IMAGE = Image.new("RGB", (4, 4))
     [
         (7, "data is a int, which has no length or no items; give a data set of (PIL image"),
         (Pairs(), "Pairs has no examples; give it some"),
-        (Pairs((torch.zeros(3, 4, 4), 0)), "item 0 of Pairs is a Tensor, expected a pair of PIL"),
+        (Pairs((torch.zeros(3, 4, 4), 0)), "item 0 of Pairs is (Tensor, int), expected a pair of"),
+        (Pairs(IMAGE, IMAGE), "item 0 of Pairs is a Image, expected a pair of PIL image and label"),
+        (Pairs((IMAGE, 0), (IMAGE, 10**9)), "Pairs has 2 examples and labels up to 1000000000; nu"),
         (Pairs((IMAGE, 0.5), (IMAGE, 1.0)), "labels of Pairs are float64 of shape (2,), expected"),
         (Pairs((IMAGE, 0), (IMAGE, -1)), "labels of Pairs are int64 of shape (2,), expected 2"),
         (Pairs((IMAGE, 0), targets=[0, 1]), "labels of Pairs are int64 of shape (2,), expected 1"),
@@ -245,6 +253,70 @@ def test_data_sets_of_other_things_are_refused(dataset, text):
 def test_model_without_inverted_residuals_is_refused(digits):
     with pytest.raises(FleetError, match="ResNet has no inverted-residual blocks"):
         fleet.fit(models.resnet18(), digits, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"budget_mib": 0.1}, "below the floor"),
+        ({"blocks": 99}, "blocks is 99, MobileNetV3 has 11"),
+        ({"blocks": 2.5}, "blocks must be a whole number, got 2.5"),
+        ({"budget_mib": float("nan")}, "budget-mib must be off, auto or a number .* got nan"),
+        ({"budget_mib": float("inf")}, "budget-mib must be off, auto or a number .* got inf"),
+        ({"budget_mib": -3}, "budget-mib must be off, auto or a number .* got -3"),
+        ({"budget_mib": 8, "settings": {"batch-size": 1}}, "a batch of 1 at 32 px is too little"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(digits, arguments, text):
+    model = models.mobilenet_v3_small(num_classes=1000).train()
+    model.features.requires_grad_(False)
+    head, flags = model.classifier[3], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(FleetError, match=text):
+        fleet.fit(model, digits, **SMALL, **arguments)
+    assert model.classifier[3] is head and model.training and head.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_budget_may_be_what_is_free(model, digits):
+    fitted = fleet.fit(model, digits, blocks=1, budget_mib="auto", **SMALL)
+    assert fitted.plan.blocks == 1
+    with pytest.raises(ConfigError, match=r"MiB of memory are free here and reserve-mib keeps 10"):
+        fleet.fit(model, digits, budget_mib="auto", settings={"reserve-mib": 1e9}, **SMALL)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e4, 1e20])
+def test_model_that_came_to_nothing_is_never_called_good(digits, rate):
+    model = models.mobilenet_v3_small(num_classes=10)
+    with pytest.raises(UpdateError, match="the model is as it was") as error:
+        fleet.fit(
+            model, digits.subset(range(24)), blocks=2, epochs=6, image_size=32,
+            settings={"learning-rate": rate, "batch-size": 8},
+        )  # fmt: skip
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 32, 32)).isfinite().all(), str(error.value)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_that_the_caller_turned_off_are_on_inside(model, digits):
+    with torch.no_grad():
+        fleet.fit(model, digits, blocks=1, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_model_of_another_precision_is_refused(model, digits, dtype):
+    with pytest.raises(ConfigError, match=f"as {dtype}, training is in torch.float32; convert"):
+        fleet.fit(model.to(dtype), digits, **SMALL)
+
+
+def test_model_that_is_damaged_is_refused(model, digits):
+    model.features[1].block[0][0].weight.data[0] = torch.nan
+    with pytest.raises(ConfigError, match=r"values in features.1.block.0.0.weight that are NaN"):
+        fleet.fit(model, digits, **SMALL)
+
+
+def test_model_that_is_none_is_refused(digits):
+    with pytest.raises(ConfigError, match="model is a NoneType, expected a torchvision or timm"):
+        fleet.fit(None, digits)
 
 
 def test_package_has_nothing_else_to_offer():

@@ -105,13 +105,28 @@ def test_next_larger_plan_does_not_fit_with_any_stash(method, peaks, small):
     for budget in sorted(peak_of.values()):
         found = afford(small, widest, budget, batch_sizes=BATCH_SIZES)
         if found.plan.blocks == widest.blocks:
-            assert found.why_not_larger == ""
+            check_next_stash_or_batch(found, method, peak_of, budget)
             continue
         larger = {s: peak_of[found.plan.blocks + 1, s, 8] for s in stashes_of(method)}
         assert min(larger.values()) > budget
         assert found.why_not_larger.startswith(f"{method} of {found.plan.blocks + 1} block")
         need, have = re.findall(r"([\d.]+) MiB", found.why_not_larger)
         assert need == f"{min(larger.values()) / MIB:.1f}" and have == f"{budget / MIB:.1f}"
+
+
+def check_next_stash_or_batch(found, method, peak_of, budget):
+    """All blocks train: larger is a more exact stash, and then a larger batch."""
+    blocks, stash, batch_size = chosen(found)
+    wanted = stashes_of(method)
+    if stash != wanted[0]:
+        larger = (blocks, wanted[wanted.index(stash) - 1], BATCH_SIZES[0])
+    elif batch_size != BATCH_SIZES[-1]:
+        larger = (blocks, stash, BATCH_SIZES[BATCH_SIZES.index(batch_size) + 1])
+    else:
+        assert found.why_not_larger == ""
+        return
+    assert peak_of[larger] > budget
+    assert f"needs {peak_of[larger] / MIB:.1f} MiB at batch {larger[2]}" in found.why_not_larger
 
 
 @each_method
@@ -329,7 +344,6 @@ def limited(limit, used, dropped=0):
         ({"a/b": limited(700, 300), "a": limited(500, 200)}, 300),
         ({"a/b": limited(400, 300), "a": limited(500, 200)}, 100),
         ({"a/b": limited(5000, 300)}, 1000),
-        ({"a/b": limited(300, 310)}, 0),
         ({"a/c": limited(100, 50)}, 1000),  # a neighbour's
         ({"a/b": limited(700, 100, dropped=590)}, 600),  # files that were read
         ({"a/b": {"memory.max": "no number"}, "a": limited(500, 200)}, 300),
@@ -368,10 +382,19 @@ def test_without_linux_the_system_alone_tells(device):
     assert available_bytes(0) == 1000
 
 
-@pytest.mark.parametrize(("reserve", "expected"), [(0, 600), (250, 350), (600, 0), (10_000, 0)])
+@pytest.mark.parametrize(("reserve", "expected"), [(0, 600), (250, 350), (599, 1)])
 def test_reserve_is_left_to_the_rest(device, reserve, expected):
     device(1000, "0::/a", {"a": limited(700, 100)})
     assert available_bytes(reserve) == expected
+
+
+@pytest.mark.parametrize("reserve", [600, 10_000])
+def test_nothing_beyond_the_reserve_is_refused(device, reserve):
+    device(1000, "0::/a", {"a": limited(700, 100)})
+    with pytest.raises(
+        ConfigError, match="MiB of memory are free here and reserve-mib keeps .* lo"
+    ):
+        available_bytes(reserve)
 
 
 def test_this_device_has_something_free_and_no_more_than_there_is():

@@ -251,3 +251,19 @@ def test_directory_is_the_setting_or_the_environment_s(monkeypatch, cached, tmp_
 def test_bad_settings_are_refused(changes, text):
     with pytest.raises(ConfigError, match=text):
         FeatureConfig(**NONE | changes)
+
+
+def test_data_that_changes_as_it_is_read_does_not_spoil_the_cache(data, run, cached):
+    """As of a data set that transforms at random: every reading is another image."""
+    rng = np.random.default_rng(0)
+    drawn = []
+
+    def read(i):
+        drawn.append(Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)))
+        return drawn[-1]
+
+    first = run(cached(), images=dataclasses.replace(data, read=read, identify=None))[0]
+    fixed = dataclasses.replace(data, read=lambda i: drawn[i], identify=None)
+    assert len(drawn) == 11
+    assert torch.equal(run(cached(), images=fixed)[0], first)
+    assert torch.equal(run(cached(cache_dir="/dev/null/x"), images=fixed)[0], first)

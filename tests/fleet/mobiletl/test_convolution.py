@@ -185,3 +185,12 @@ def test_gradient_of_a_depthwise_weight_takes_little_room(kernel, side):
             folded.backward(d, x, wants_input=True)
     assert peak.bytes < 10 * (conv.weight.nbytes + x.nbytes), peak.bytes / conv.weight.nbytes
     assert side > 1 or peak.bytes < 10 * conv.weight.nbytes
+
+
+def test_one_pixel_out_of_a_depthwise_conv_is_no_loop_over_groups():
+    """PyTorch would run one group after the other: 30,000 operations, not 30."""
+    conv = nn.Conv2d(480, 480, 5, padding=2, groups=480, bias=False)
+    x, d = torch.randn(8, 480, 1, 1), torch.randn(8, 480, 1, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        Convolution(conv).backward(d, x, False)
+    assert len(profile.events()) < 300
