@@ -392,7 +392,7 @@ def test_reserve_is_left_to_the_rest(device, reserve, expected):
 def test_nothing_beyond_the_reserve_is_refused(device, reserve):
     device(1000, "0::/a", {"a": limited(700, 100)})
     with pytest.raises(
-        ConfigError, match="MiB of memory are free here and reserve-mib keeps .* lo"
+        ConfigError, match=r"MiB of memory are free here and reserve-mib keeps .* lo"
     ):
         available_bytes(reserve)
 
