@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -135,16 +136,15 @@ class FeatureSource:
         config = self._config
         if config is None or config.cache == "off" or not self._model.freezes_blocks:
             return nullcontext()
+        key, shape = self._key_and_shape
+        limit = round(config.cache_mib * 2**20)
+        return FeatureCache(cache_directory(config), key, shape, config.cache, limit)
+
+    @cached_property
+    def _key_and_shape(self) -> tuple[str, tuple[int, ...]]:
         size = self._preprocessing.image_size
         probe = self._model.features(torch.zeros(1, 3, size, size, device=self._device))
-        shape = tuple(probe.shape[1:])
-        return FeatureCache(
-            cache_directory(config),
-            features_key(self._model, self._preprocessing),
-            shape,
-            config.cache,
-            round(config.cache_mib * 2**20),
-        )
+        return features_key(self._model, self._preprocessing), tuple(probe.shape[1:])
 
 
 def run_in_parts(model: TransferModel, length: int, images: Callable[[slice], Tensor]) -> Tensor:
