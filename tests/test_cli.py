@@ -159,11 +159,11 @@ def test_a_recipe_is_read_and_options_go_before_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("ruonds = 3", "unknown setting ruonds; known: backbone"),
+        ("ruonds = 3", "unknown setting ruonds; known: augment"),
         ("rounds = 'three'", "rounds must be int, got 'three'"),
         ("rounds =", "is not TOML"),
         (b"data = '\xff'", "is not TOML: 'utf-8' codec can't decode byte 0xff"),
-        ("settings = 3", "unknown setting settings; known: backbone"),
+        ("settings = 3", "unknown setting settings; known: augm"),
         (
             "rounds = 3\n[settings]\nseed = 1",
             "has rounds beside [settings]; move it into [settings], or remove the header",
