@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,7 +35,8 @@ def _end_superlink(port):
     for process in psutil.process_iter(["cmdline"]):
         if str(port) in (process.info["cmdline"] or []):
             for part in (*process.children(recursive=True), process):
-                part.terminate()
+                with suppress(psutil.NoSuchProcess):  # a child may end by itself
+                    part.terminate()
 
 
 def flwr_run(checkout, *arguments):
