@@ -7,7 +7,6 @@ as it ends; those that are there are not run again.
 """
 
 import json
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fleet.errors import UpdateError
 from fleet.evaluation import evaluate
 from fleet.features import FeatureSource
 from fleet.measure import count_flops
+from fleet.measure.comparison import commit
 from fleet.mobiletl import TransferModel
 from fleet.train import train_locally
 
@@ -99,7 +99,7 @@ class Bench:
         self._test = load_data(data, "test", limit=TEST)
         self._backbone, self._image_size, self._out = backbone, image_size, out
         self._cells = list(read_cells(out)) if out.exists() else []
-        self._commit = _commit()
+        self._commit = commit()
 
     def tuned_rate(self, of: Contender) -> float:
         """The learning rate with the best accuracy on validation images."""
@@ -199,14 +199,6 @@ def read_cells(path: Path) -> Iterator[dict]:
     """What was measured, a line a cell."""
     for line in path.read_text().splitlines():
         yield json.loads(line)
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ python -m simulations.benchmark_planner
 """
 
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 import torch
@@ -15,6 +13,7 @@ import torch
 from fleet.backbones import Backbone, load_backbone
 from fleet.features import run_in_parts
 from fleet.measure import allocator_peak, dry_run
+from fleet.measure.comparison import commit
 from fleet.mobiletl import TransferModel
 from fleet.optim import SGD
 from fleet.plan import STASHES, UpdatePlan, make_plan
@@ -44,7 +43,7 @@ Case = tuple[str, int, str, int, int, bool]  # method, k (-1: all), stash, batch
 def main(backbone: tuple[str, ...], dense: bool) -> None:
     """Print a Markdown table and its worst row; random weights serve."""
     torch.set_num_threads(1)
-    print(f"One thread, torch {torch.__version__}, {platform.machine()}, commit {_commit()}\n")
+    print(f"One thread, torch {torch.__version__}, {platform.machine()}, commit {commit()}\n")
     print(f"| {' | '.join(_COLUMNS)} |")
     print(f"|{'---|' * len(_COLUMNS)}")
     rows, seconds = [], 0.0
@@ -120,14 +119,6 @@ def _dense() -> Iterator[Case]:
                 yield "head", 0, "published", batch, size, cached
             if batch * size < 32 * 160:
                 yield "full", 0, "published", batch, size, False
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def heading(setup: Setup) -> str:
         f"torch {torch.__version__}",
         platform.machine(),
         _cpu(),
-        _commit(),
+        f"commit {commit()}" if commit() else "",
     ]
     return ", ".join(filter(None, facts))
 
@@ -120,7 +120,7 @@ def _cpu() -> str:
     return names.get("model name") or names.get("Model") or ""
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this file lies in; empty if it is installed."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
@@ -129,4 +129,4 @@ def _commit() -> str:
         )
     except OSError:
         return ""
-    return f"commit {done.stdout.strip()}" if done.stdout.strip() else ""
+    return done.stdout.strip()
