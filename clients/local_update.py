@@ -96,12 +96,13 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
     cut = first_trained_step(backbone.steps, plan)
+    round_seed = _round_seed(config.seed, task.server_round, client.name)
     result = train_locally(
         TransferModel(backbone, narrow, local.stash, cut),
         relabel(training, task.classes),
         backbone.preprocessing,
         local,
-        seed=_round_seed(config.seed, task.server_round, client.name),
+        seed=round_seed,
         features=config.features,
     )
     received = state.narrow(narrow).tensors
@@ -116,7 +117,8 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         "peak-bytes": result.peak_bytes,
         "seconds": result.seconds,
     }
-    return encode(update, narrow), metrics | facts | device_metrics()
+    payload = encode(update, narrow, config.federation.codec_up, round_seed)
+    return payload, metrics | facts | device_metrics()
 
 
 def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:

@@ -23,6 +23,7 @@ CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
 SCHEDULES = ("constant", "cosine")
+CODECS = ("float32", "float16", "int8", "int4")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
 
@@ -219,6 +220,7 @@ class FederationConfig:
     sampled: int = setting("sampled", "clients that train in a round; 0: all")
     min_clients: int = setting("min-clients", "clients to wait for before a round")
     round_timeout: float = setting("round-timeout", "seconds after which a round goes on")
+    codec_up: str = setting("codec-up", f"precision of the clients' updates: {', '.join(CODECS)}")
     strategy: str = setting("strategy", f"server optimiser: {', '.join(STRATEGIES)}")
     server_learning_rate: float = setting(
         "server-learning-rate", "of the server optimiser; 0: its own default"
@@ -232,6 +234,7 @@ class FederationConfig:
         for key in ("clients", "rounds", "min_clients"):
             _check_at_least(1, key.replace("_", "-"), getattr(self, key))
         _check_at_least(0, "sampled", self.sampled)
+        _check_one_of("codec-up", self.codec_up, CODECS)
         _check_one_of("strategy", self.strategy, STRATEGIES)
         if not 0 <= self.server_learning_rate < math.inf:
             raise ConfigError(

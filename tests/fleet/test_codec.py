@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleet.codec import codec, decode, encode
+from fleet.codec import decode, encode
 from fleet.errors import ConfigError, UpdateError
 from fleet.plan import TensorSpec, UpdatePlan
 
@@ -77,7 +77,7 @@ def test_what_is_no_state_of_the_plan_is_not_encoded():
 
 def test_an_unknown_codec_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="unknown codec zip; known: float32"):
-        codec("zip")
+        encode(ARRAYS, PLAN, "zip")
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,30 @@ def test_no_corruption_raises_anything_else(changes):
     assert {name: array.shape for name, array in decoded.items()} == {
         spec.name: spec.shape for spec in SPECS
     }
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_stochastic_rounding_is_unbiased_and_less_than_a_level_off(codec):
+    decoded = np.stack(
+        [decode(encode(ARRAYS, PLAN, codec, [seed]), PLAN)["head.weight"] for seed in range(2000)]
+    )
+    exact = ARRAYS["head.weight"].astype(np.float64)
+    levels = {"int8": 127, "int4": 7}[codec]
+    level = np.abs(exact).max(axis=1, keepdims=True) / levels * 1.0001
+    assert (np.abs(decoded - exact) < level).all()
+    # A level's standard deviation is at most half of it: five deviations of the mean.
+    assert (np.abs(decoded.mean(axis=0) - exact) < 5 * 0.5 * level / np.sqrt(2000)).all()
+
+
+def test_float16_keeps_eleven_bits_of_any_magnitude():
+    for scale in (1e-30, 1.0, 1e30):
+        arrays = {name: array * np.float32(scale) for name, array in ARRAYS.items()}
+        for name, array in decode(encode(arrays, PLAN, "float16"), PLAN).items():
+            np.testing.assert_allclose(array, arrays[name], rtol=2**-11)
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8", "int4"])
+def test_a_codec_that_rounds_refuses_what_is_not_finite(codec):
+    broken = ARRAYS | {"head.weight": np.full((2, 6), np.nan, np.float32)}
+    with pytest.raises(UpdateError, match=r"head\.weight holds NaN or infinity"):
+        encode(broken, PLAN, codec)

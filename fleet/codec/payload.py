@@ -5,13 +5,15 @@ lies where is said by a layout beside it, so a receiver checks names, shapes
 and sizes before it reads, or allocates, anything.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fleet.codec.dense import Format, float16, float32, quantised
+from fleet.config import CODECS
 from fleet.errors import ConfigError, UpdateError
-from fleet.plan import UpdatePlan
+from fleet.plan import TensorSpec, UpdatePlan
 from fleet.state import Arrays, check_arrays, check_shapes
 
 
@@ -38,59 +40,53 @@ class Payload:
         return len(self.data)
 
 
-@dataclass(frozen=True)
-class Codec:
-    """How one tensor becomes bytes and comes back.
+def _format(codec: str, spec: TensorSpec) -> Format:
+    """How a codec writes one tensor.
 
-    Attributes:
-        encode: float32 array → bytes.
-        decode: bytes and shape → float32 array.
-        nbytes: shape → size of its bytes, known before decoding.
+    Statistics are never quantised, and what has one dimension is too small for
+    fewer than 8 bits to pay.
     """
-
-    encode: Callable[[np.ndarray], bytes]
-    decode: Callable[[memoryview, tuple[int, ...]], np.ndarray]
-    nbytes: Callable[[tuple[int, ...]], int]
-
-
-def _floats(shape: tuple[int, ...]) -> int:
-    return 4 * int(np.prod(shape, dtype=np.int64))
-
-
-_CODECS = {
-    "float32": Codec(
-        encode=lambda array: array.astype("<f4").tobytes(),
-        decode=lambda data, shape: np.frombuffer(data, "<f4").astype(np.float32).reshape(shape),
-        nbytes=_floats,
-    ),
-}
+    if codec == "float32":
+        return float32()
+    if codec == "float16" or spec.is_statistic:
+        return float16()
+    if len(spec.shape) < 2:
+        return quantised(8, by_channel=False)
+    return quantised({"int8": 8, "int4": 4}[codec], by_channel=True)
 
 
-def codec(name: str) -> Codec:
-    """A codec by name.
-
-    Raises:
-        ConfigError: listing the known ones.
-    """
-    if name not in _CODECS:
-        raise ConfigError(f"unknown codec {name}; known: {', '.join(_CODECS)}")
-    return _CODECS[name]
-
-
-def encode(arrays: Arrays, plan: UpdatePlan, codec_name: str = "float32") -> Payload:
+def encode(
+    arrays: Arrays, plan: UpdatePlan, codec: str = "float32", seed: Sequence[int] = (0,)
+) -> Payload:
     """Encode all tensors of a plan.
 
+    Args:
+        arrays: finite float32.
+        codec: one of `CODECS`.
+        seed: of stochastic rounding; every tensor has a stream of its own.
+
     Raises:
-        UpdateError: if names, shapes or dtypes are not the plan's.
+        ConfigError: for an unknown codec.
+        UpdateError: if names, shapes or dtypes are not the plan's, or a number
+            is not finite and the codec rounds.
     """
+    if codec not in CODECS:
+        raise ConfigError(f"unknown codec {codec}; known: {', '.join(CODECS)}")
     check_arrays(arrays, plan)
-    write = codec(codec_name).encode
+
+    def write(spec: TensorSpec) -> bytes:
+        array = arrays[spec.name]
+        if codec != "float32" and not np.isfinite(array).all():
+            raise UpdateError(f"{spec.name} holds NaN or infinity; lower the learning rate")
+        rng = np.random.default_rng([*seed, *spec.name.encode()])
+        return _format(codec, spec).encode(array, rng)
+
     return Payload(
-        codec=codec_name,
+        codec=codec,
         plan_digest=plan.digest,
         names=tuple(spec.name for spec in plan.specs),
         shapes=tuple(spec.shape for spec in plan.specs),
-        data=b"".join(write(arrays[spec.name]) for spec in plan.specs),
+        data=b"".join(write(spec) for spec in plan.specs),
     )
 
 
@@ -102,23 +98,23 @@ def decode(payload: Payload, plan: UpdatePlan) -> dict[str, np.ndarray]:
             or its size is not theirs; nothing is allocated before that is known.
     """
     _check_layout(payload, plan)
-    reader = codec(payload.codec)
-    sizes = [reader.nbytes(shape) for shape in payload.shapes]
+    formats = [_format(payload.codec, plan.by_name[name]) for name in payload.names]
+    sizes = [f.nbytes(shape) for f, shape in zip(formats, payload.shapes, strict=True)]
     if sum(sizes) != payload.nbytes:
         raise UpdateError(
             f"payload has {payload.nbytes} bytes, plan {plan.digest[:8]} in {payload.codec} "
             f"takes {sum(sizes)}; it was cut or padded on the way"
         )
     view, arrays, start = memoryview(payload.data), {}, 0
-    for name, shape, size in zip(payload.names, payload.shapes, sizes, strict=True):
-        arrays[name] = reader.decode(view[start : start + size], shape)
+    for name, shape, form, size in zip(payload.names, payload.shapes, formats, sizes, strict=True):
+        arrays[name] = form.decode(view[start : start + size], shape)
         start += size
     return arrays
 
 
 def _check_layout(payload: Payload, plan: UpdatePlan) -> None:
-    if payload.codec not in _CODECS:
-        raise UpdateError(f"payload is in codec {payload.codec}; known: {', '.join(_CODECS)}")
+    if payload.codec not in CODECS:
+        raise UpdateError(f"payload is in codec {payload.codec}; known: {', '.join(CODECS)}")
     if payload.plan_digest != plan.digest:
         raise UpdateError(
             f"payload is of plan {payload.plan_digest[:8]}, expected {plan.digest[:8]}; "
