@@ -1,5 +1,6 @@
-"""State or delta ↔ bytes, with exact sizes."""
+"""State or update ↔ bytes, with exact sizes; what was not sent, and who holds what."""
 
-from fleet.codec.payload import CODECS, Payload, decode, encode
+from fleet.codec.names import parse_codec
+from fleet.codec.payload import EncodedArrays, Payload, decode, encode, most_bytes
 
-__all__ = ["CODECS", "Payload", "decode", "encode"]
+__all__ = ["EncodedArrays", "Payload", "decode", "encode", "most_bytes", "parse_codec"]

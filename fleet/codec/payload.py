@@ -1,20 +1,22 @@
-"""State or delta ↔ bytes, with exact sizes.
+"""State or update ↔ bytes, with exact sizes.
 
-All tensors of a plan travel as one run of bytes, in the plan's order. What
-lies where is said by a layout beside it, so a receiver checks names, shapes
-and sizes before it reads, or allocates, anything.
+All tensors of a plan travel as one run of bytes, in the plan's order. Names
+and shapes do not: both sides derive them from the plan, and compare its
+digest before anything is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from fleet.codec.dense import Format, float16, float32, quantised
-from fleet.config import CODECS
+from fleet.codec.dense import Format, Rounding, float16, float32, nearest, quantised, stochastic
+from fleet.codec.names import CodecName, parse_codec
+from fleet.codec.sparse import keep_largest, sparse
 from fleet.errors import ConfigError, UpdateError
 from fleet.plan import TensorSpec, UpdatePlan
-from fleet.state import Arrays, check_arrays, check_shapes
+from fleet.state import Arrays, check_arrays
 
 
 @dataclass(frozen=True)
@@ -24,35 +26,19 @@ class Payload:
     Attributes:
         codec: name of the codec that wrote `data`.
         plan_digest: of the plan whose tensors these are.
-        names, shapes: of the tensors, in the order of `data`.
-        data: the encoded tensors, end to end.
+        data: size of every tensor but the last (uint32), then the tensors, in
+            the plan's order. Bytes, or what slices to bytes, as a file does
+            that is read in parts.
     """
 
     codec: str
     plan_digest: str
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
     data: bytes
 
     @property
     def nbytes(self) -> int:
         """Size of the encoded tensors; the message around them counts its own."""
         return len(self.data)
-
-
-def _format(codec: str, spec: TensorSpec) -> Format:
-    """How a codec writes one tensor.
-
-    Statistics are never quantised, and what has one dimension is too small for
-    fewer than 8 bits to pay.
-    """
-    if codec == "float32":
-        return float32()
-    if codec == "float16" or spec.is_statistic:
-        return float16()
-    if len(spec.shape) < 2:
-        return quantised(8, by_channel=False)
-    return quantised({"int8": 8, "int4": 4}[codec], by_channel=True)
 
 
 def encode(
@@ -62,7 +48,7 @@ def encode(
 
     Args:
         arrays: finite float32.
-        codec: one of `CODECS`.
+        codec: as `parse_codec` takes it.
         seed: of stochastic rounding; every tensor has a stream of its own.
 
     Raises:
@@ -70,57 +56,137 @@ def encode(
         UpdateError: if names, shapes or dtypes are not the plan's, or a number
             is not finite and the codec rounds.
     """
-    if codec not in CODECS:
-        raise ConfigError(f"unknown codec {codec}; known: {', '.join(CODECS)}")
+    name = parse_codec(codec)
     check_arrays(arrays, plan)
+    if name != parse_codec("float32"):
+        for key, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise UpdateError(f"{key} holds NaN or infinity; lower the learning rate")
+    if name.sparse:
+        weights = {s.name: arrays[s.name] for s in plan.specs if _is_sparse(name, s)}
+        arrays = {**arrays, **keep_largest(weights, name.share)}
 
-    def write(spec: TensorSpec) -> bytes:
-        array = arrays[spec.name]
-        if codec != "float32" and not np.isfinite(array).all():
-            raise UpdateError(f"{spec.name} holds NaN or infinity; lower the learning rate")
-        rng = np.random.default_rng([*seed, *spec.name.encode()])
-        return _format(codec, spec).encode(array, rng)
+    def rounding(spec: TensorSpec) -> Rounding:
+        if name.feedback:
+            return nearest
+        return stochastic(np.random.default_rng([*seed, *spec.name.encode()]))
 
-    return Payload(
-        codec=codec,
-        plan_digest=plan.digest,
-        names=tuple(spec.name for spec in plan.specs),
-        shapes=tuple(spec.shape for spec in plan.specs),
-        data=b"".join(write(spec) for spec in plan.specs),
-    )
+    parts = [
+        _format(name, spec).encode(arrays[spec.name], rounding(spec)) for spec in plan.specs
+    ]
+    sizes = np.array([len(part) for part in parts[:-1]], "<u4").tobytes()
+    return Payload(codec=codec, plan_digest=plan.digest, data=sizes + b"".join(parts))
 
 
 def decode(payload: Payload, plan: UpdatePlan) -> dict[str, np.ndarray]:
-    """Decode a payload that must hold just a plan's tensors.
+    """Decode all tensors of a payload, by name, in float32.
 
     Raises:
-        UpdateError: if it names another plan, other tensors or other shapes,
-            or its size is not theirs; nothing is allocated before that is known.
+        UpdateError: as `EncodedArrays`.
     """
-    _check_layout(payload, plan)
-    formats = [_format(payload.codec, plan.by_name[name]) for name in payload.names]
-    sizes = [f.nbytes(shape) for f, shape in zip(formats, payload.shapes, strict=True)]
-    if sum(sizes) != payload.nbytes:
-        raise UpdateError(
-            f"payload has {payload.nbytes} bytes, plan {plan.digest[:8]} in {payload.codec} "
-            f"takes {sum(sizes)}; it was cut or padded on the way"
-        )
-    view, arrays, start = memoryview(payload.data), {}, 0
-    for name, shape, form, size in zip(payload.names, payload.shapes, formats, sizes, strict=True):
-        arrays[name] = form.decode(view[start : start + size], shape)
-        start += size
-    return arrays
+    return dict(EncodedArrays(payload, plan))
 
 
-def _check_layout(payload: Payload, plan: UpdatePlan) -> None:
-    if payload.codec not in CODECS:
-        raise UpdateError(f"payload is in codec {payload.codec}; known: {', '.join(CODECS)}")
-    if payload.plan_digest != plan.digest:
-        raise UpdateError(
-            f"payload is of plan {payload.plan_digest[:8]}, expected {plan.digest[:8]}; "
-            f"run the server's plan"
-        )
-    shapes = dict(zip(payload.names, payload.shapes, strict=False))
-    if not len(shapes) == len(payload.names) == len(payload.shapes):
-        raise UpdateError("payload names a tensor twice, or not every name has a shape")
-    check_shapes(shapes, plan)
+class EncodedArrays(Mapping[str, np.ndarray]):
+    """The tensors of a payload by name, each decoded anew whenever it is asked for.
+
+    A thousand clients' updates so take the memory of their bytes, and of one
+    tensor.
+
+    Args:
+        payload: that must hold just a plan's tensors.
+        plan: theirs.
+        names: those to show; None: all.
+
+    Raises:
+        UpdateError: if the payload is of another plan or codec, or its sizes do
+            not fit; nothing is allocated before that is known. And as a tensor
+            is asked for, if its bytes are damaged.
+    """
+
+    def __init__(
+        self, payload: Payload, plan: UpdatePlan, names: Sequence[str] | None = None
+    ) -> None:
+        try:
+            self._codec = parse_codec(payload.codec)
+        except ConfigError as error:
+            raise UpdateError(f"payload is in another version's codec: {error}") from error
+        if payload.plan_digest != plan.digest:
+            raise UpdateError(
+                f"payload is of plan {payload.plan_digest[:8]}, expected {plan.digest[:8]}; "
+                f"run the server's plan"
+            )
+        self._payload, self._plan = payload, plan
+        self._names = [spec.name for spec in plan.specs] if names is None else list(names)
+        _ = self._slices
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        spec = self._plan.by_name[name]
+        try:
+            data = memoryview(self._payload.data[self._slices[name]])
+            return _format(self._codec, spec).decode(data, spec.shape)
+        except UpdateError as error:
+            raise UpdateError(f"{name} is damaged: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def nbytes(self, name: str) -> int:
+        """Encoded size of one tensor."""
+        where = self._slices[name]
+        return where.stop - where.start
+
+    @cached_property
+    def _slices(self) -> dict[str, slice]:
+        """Where each tensor lies in the payload's data."""
+        total, count = self._payload.nbytes, len(self._plan.specs)
+        head = 4 * max(0, count - 1)
+        if total < head:
+            raise UpdateError(f"payload has {total} bytes, the sizes of its tensors alone {head}")
+        sizes = np.frombuffer(self._payload.data[:head], "<u4").astype(int).tolist()
+        sizes += [total - head - sum(sizes)][:count]
+        slices, start = {}, head
+        for spec, size in zip(self._plan.specs, sizes, strict=True):
+            most = _format(self._codec, spec).most(spec.shape)
+            if not 0 <= size <= most:
+                raise UpdateError(
+                    f"{spec.name} has {size} bytes, {self._payload.codec} takes {most} at most; "
+                    f"the payload was cut, padded or damaged"
+                )
+            slices[spec.name] = slice(start, start + size)
+            start += size
+        if start != total:
+            raise UpdateError(f"payload has {total} bytes, its tensors {start}; it was padded")
+        return slices
+
+
+def most_bytes(plan: UpdatePlan, codec: str) -> int:
+    """The most bytes that a payload of a plan takes."""
+    name = parse_codec(codec)
+    return 4 * len(plan.specs) + sum(_format(name, s).most(s.shape) for s in plan.specs)
+
+
+def _is_sparse(name: CodecName, spec: TensorSpec) -> bool:
+    return name.sparse and len(spec.shape) > 1
+
+
+def _format(name: CodecName, spec: TensorSpec) -> Format:
+    """How a codec writes one tensor.
+
+    Statistics travel as values and are never quantised; what has one dimension
+    is too small for fewer than 8 bits, or for gaps, to pay.
+    """
+    if _is_sparse(name, spec):
+        return sparse(name.base)
+    if name.base == "float32":
+        return float32()
+    if name.base == "float16" or spec.is_statistic:
+        return float16()
+    if len(spec.shape) < 2:
+        return quantised(8, by_channel=False)
+    return quantised({"int8": 8, "int4": 4}[name.base], by_channel=True)
