@@ -10,6 +10,7 @@ from clients.local_update import Client, enrol, evaluate_task, train_task
 from fleet.config import read_config
 from fleet.errors import FleetError
 from fleet.message import (
+    read_state,
     read_task,
     refusal,
     write_enrolment,
@@ -48,14 +49,20 @@ def query(client: Client, content: RecordDict) -> RecordDict:
 @_answering
 def train(client: Client, content: RecordDict) -> RecordDict:
     """Train the server's state on this client's images."""
-    return write_update(*train_task(client, *read_task(content)))
+    task = read_task(content)
+    payload, metrics = train_task(client, task, read_state(content, task.plan.get("digest")))
+    return write_update(payload, metrics, task.token)
 
 
 @app.evaluate()
 @_answering
 def evaluate(client: Client, content: RecordDict) -> RecordDict:
     """Evaluate the server's state on this client's validation images."""
-    result = evaluate_task(client, *read_task(content))
-    return write_metrics(
-        {"num-examples": result.num_examples, "loss": result.loss, "accuracy": result.accuracy}
-    )
+    task = read_task(content)
+    result = evaluate_task(client, task, read_state(content, task.plan.get("digest")))
+    metrics = {
+        "num-examples": result.num_examples,
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+    }
+    return write_metrics(metrics, task.token)

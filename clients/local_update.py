@@ -1,6 +1,7 @@
 """One round on one client, from the server's state to the client's update."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 
 from clients.device import device_metrics
+from clients.feedback import encode_update
 from clients.local_data import local_data, relabel
+from clients.memory import ClientMemory, state_directory
 from fleet.backbones import Backbone, load_backbone
-from fleet.codec import Payload, decode, encode
+from fleet.codec import FULL_STATE, Download, Payload, follow, parse_codec
 from fleet.config import LocalConfig, ModelConfig, RunConfig, Value, budget
 from fleet.errors import ConfigError
 from fleet.evaluation import Evaluation, evaluate
@@ -62,6 +65,10 @@ class Client:
             return min(self.config.plan.blocks_of(partition_id), widest)
         return widest
 
+    def memory(self, run: str) -> ClientMemory:
+        """What this client remembers of a run."""
+        return ClientMemory(state_directory(self.config.state_dir), run, self.name)
+
     def budget_bytes(self) -> int | None:
         """Memory that this client's training may take; None: as much as it likes."""
         config = self.config.budget
@@ -79,7 +86,7 @@ def enrol(client: Client) -> Enrolment:
     return Enrolment(client.name, len(training), training.classes)
 
 
-def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, dict[str, Any]]:
+def train_task(client: Client, task: Task, download: Download) -> tuple[Payload, dict[str, Any]]:
     """Train from the server's state.
 
     Returns:
@@ -91,7 +98,7 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         FleetError: if plan, state or data do not fit this client.
     """
     config = client.config
-    backbone, plan, state = _receive(client, task, payload)
+    backbone, plan, state = _receive(client, task, download)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
@@ -117,17 +124,26 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         "peak-bytes": result.peak_bytes,
         "seconds": result.seconds,
     }
-    payload = encode(update, narrow, config.federation.codec_up, round_seed)
+    payload = encode_update(
+        update,
+        narrow,
+        plan,
+        config.federation.codec_up,
+        round_seed,
+        client.memory(task.run),
+        task.server_round,
+        task.acknowledged,
+    )
     return payload, metrics | facts | device_metrics()
 
 
-def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
+def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     """Evaluate the server's state on this client's validation images.
 
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    backbone, plan, _ = _receive(client, task, payload)
+    backbone, plan, _ = _receive(client, task, download)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
     return evaluate(
         TransferModel(backbone, plan),
@@ -172,35 +188,51 @@ def _afford(
 
 
 def _receive(
-    client: Client, task: Task, payload: Payload
+    client: Client, task: Task, download: Download
 ) -> tuple[Backbone, UpdatePlan, TrainableState]:
     """Own backbone with the server's state in it, after both sides' plans agreed."""
     config = client.config.model
     if "weights" in client.node_config:
         config = replace(config, weights=str(client.node_config["weights"]))
-    asked = task.plan
-    local = client.config.local
-    backbone = _backbone(
-        config, task.classes, client.config.seed, local.device, str(asked.get("digest"))
+    backbone, plan, initial = _prepare(
+        config,
+        task.classes,
+        client.config.seed,
+        client.config.local.device,
+        json.dumps(task.plan, sort_keys=True),
     )
-    plan = make_plan(
-        backbone,
-        method=str(asked.get("method")),
-        blocks=int(asked.get("blocks", 0)),
-        train_tail=bool(asked.get("train_tail")),
-    )
-    plan.check_same(asked)
-    state = TrainableState(plan, decode(payload, plan))
+    memory = client.memory(task.run)
+    state = follow(download, plan, _held_states(memory, plan, initial))
+    if parse_codec(client.config.federation.codec_down) != parse_codec(FULL_STATE):
+        memory.write("version", state.tensors, {"plan": plan.digest})
     load(backbone.model, state)
     return backbone, plan, state
+
+
+def _held_states(
+    memory: ClientMemory, plan: UpdatePlan, initial: TrainableState
+) -> Iterator[TrainableState]:
+    """States that the server's steps may start from: the last received, the pretrained one."""
+    remembered = memory.read("version")
+    if remembered is not None and remembered.facts["plan"] == plan.digest:
+        yield TrainableState(plan, remembered.tensors)
+    yield initial
 
 
 # Whatever a client trains, the next task's state overwrites: one model serves all
 # clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
-def _backbone(
-    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, plan_digest: str
-) -> Backbone:
+def _prepare(
+    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, asked: str
+) -> tuple[Backbone, UpdatePlan, TrainableState]:
+    """The client's backbone, the server's plan of it, and its state before any training.
+
+    Args:
+        asked: summary of the server's plan, as JSON.
+
+    Raises:
+        PlanError: if the server's backbone is another.
+    """
     backbone = load_backbone(
         config.backbone,
         num_classes=len(classes),
@@ -209,8 +241,17 @@ def _backbone(
         weights=config.weights,
         seed=seed,
     )
+    summary = json.loads(asked)
+    plan = make_plan(
+        backbone,
+        method=str(summary.get("method")),
+        blocks=int(summary.get("blocks", 0)),
+        train_tail=bool(summary.get("train_tail")),
+    )
+    plan.check_same(summary)
+    initial = capture(backbone.model, plan)
     backbone.model.to(pick_device(device))
-    return backbone
+    return backbone, plan, initial
 
 
 def _whole_number(key: str, value: Value) -> int:

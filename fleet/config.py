@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fleet.codec.names import GRAMMAR as CODECS
+from fleet.codec.names import parse_codec
 from fleet.errors import ConfigError
 from fleet.plan import METHODS, STASHES
 
@@ -23,7 +25,6 @@ CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
 SCHEDULES = ("constant", "cosine")
-CODECS = ("float32", "float16", "int8", "int4")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
 
@@ -220,8 +221,19 @@ class FederationConfig:
     sampled: int = setting("sampled", "clients that train in a round; 0: all")
     min_clients: int = setting("min-clients", "clients to wait for before a round")
     round_timeout: float = setting("round-timeout", "seconds after which a round goes on")
-    codec_up: str = setting("codec-up", f"precision of the clients' updates: {', '.join(CODECS)}")
-    strategy: str = setting("strategy", f"server optimiser: {', '.join(STRATEGIES)}")
+    goal: int = setting("goal", "admitted updates that end a round early; 0: wait for all asked")
+    min_updates: int = setting("min-updates", "admitted updates below which the model stays")
+    codec_up: str = setting("codec-up", f"of clients' updates: {CODECS}")
+    codec_down: str = setting(
+        "codec-down", "of the server's steps, as codec-up; float32 sends the state each time"
+    )
+    rule: str = setting(
+        "rule", "how a round's updates become one: mean, clipped_mean, … (see README)"
+    )
+    quorum: int = setting("quorum", "clients that must have trained a tensor for it to move")
+    strategy: str = setting(
+        "strategy", f"server optimiser: {', '.join(STRATEGIES)}; or package.module:name of your own"
+    )
     server_learning_rate: float = setting(
         "server-learning-rate", "of the server optimiser; 0: its own default"
     )
@@ -234,8 +246,12 @@ class FederationConfig:
         for key in ("clients", "rounds", "min_clients"):
             _check_at_least(1, key.replace("_", "-"), getattr(self, key))
         _check_at_least(0, "sampled", self.sampled)
-        _check_one_of("codec-up", self.codec_up, CODECS)
-        _check_one_of("strategy", self.strategy, STRATEGIES)
+        for key in ("goal", "min_updates", "quorum"):
+            _check_at_least(int(key != "goal"), key.replace("_", "-"), getattr(self, key))
+        for codec in (self.codec_up, self.codec_down):
+            parse_codec(codec)
+        if ":" not in self.strategy:  # package.module:name
+            _check_one_of("strategy", self.strategy, STRATEGIES)
         if not 0 <= self.server_learning_rate < math.inf:
             raise ConfigError(
                 f"server-learning-rate must be at least 0 and finite, "
@@ -259,6 +275,10 @@ class RunConfig:
     federation: FederationConfig
     seed: int = setting("seed", "decides partition, sampling and the order of images")
     run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")
+    state_dir: str = setting(
+        "state-dir",
+        "clients' memory of a run; empty: $FLEET_STATE or ~/.local/state/fleet",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

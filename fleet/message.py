@@ -15,10 +15,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from fleet.codec import Payload
+from fleet.codec import Download, Payload, UnknownVersion
 from fleet.errors import FleetError, UpdateError
 
-REFUSED = 100  # code of an error reply in which a client says why it did not train
+# Codes of error replies in which a client says why it did not train.
+REFUSED = 100
+LOST_VERSION = 101  # it holds no version from which the steps that it was sent lead on
 
 # What reading a record of the wrong kind or content raises; int(inf) overflows, and
 # json.loads recurses.
@@ -33,11 +35,17 @@ class Task:
         plan: summary of the server's widest plan.
         classes: names of the classes, in the order of the head's outputs.
         server_round: from 1 on.
+        run: hexadecimal id of the run, the same over restarts of the server.
+        token: random, of this client and message; the reply has to carry it.
+        acknowledged: round of the client's last update that was admitted; 0: none.
     """
 
     plan: Mapping[str, Any]
     classes: tuple[str, ...]
     server_round: int
+    run: str = ""
+    token: str = ""
+    acknowledged: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,18 +63,36 @@ class Enrolment:
     classes: tuple[str, ...]
 
 
-def write_task(task: Task, state: Payload) -> RecordDict:
-    """Task and state as the content of a train or evaluate message."""
+def write_state(download: Download) -> RecordDict:
+    """What brings clients to the newest version, for many tasks to share."""
+    header = {
+        "codec": download.payloads[0].codec if download.payloads else "",
+        "versions": list(download.versions),
+        "sizes": [payload.nbytes for payload in download.payloads],
+    }
+    return RecordDict(
+        {
+            "tensors": _packed(b"".join(payload.data for payload in download.payloads)),
+            "header": ConfigRecord(header),
+        }
+    )
+
+
+def write_task(task: Task) -> RecordDict:
+    """A task; the content of a message is it and, where the task needs one, a state."""
     config = {
         "plan": json.dumps(task.plan, sort_keys=True),
         "classes": list(task.classes),
         "server-round": task.server_round,
+        "run": task.run,
+        "token": task.token,
+        "acknowledged": task.acknowledged,
     }
-    return RecordDict({"task": ConfigRecord(config), **_write_payload(state)})
+    return RecordDict({"task": ConfigRecord(config)})
 
 
-def read_task(content: RecordDict) -> tuple[Task, Payload]:
-    """What `write_task` wrote.
+def read_task(content: RecordDict) -> Task:
+    """The task that `write_task` wrote.
 
     Raises:
         UpdateError: if the content is not a task.
@@ -76,35 +102,107 @@ def read_task(content: RecordDict) -> tuple[Task, Payload]:
         plan = json.loads(config["plan"])
         if not isinstance(plan, dict):
             raise TypeError(f"plan is a {type(plan).__name__}, not a table")
-        task = Task(
+        return Task(
             plan=plan,
             classes=tuple(config["classes"]),
             server_round=int(config["server-round"]),
+            run=str(config["run"]),
+            token=str(config["token"]),
+            acknowledged=int(config["acknowledged"]),
         )
     except _MALFORMED as error:
         raise UpdateError(
             f"message holds no readable task ({error!r}); run the same version on server and client"
         ) from error
-    return task, _read_payload(content)
 
 
-def write_update(payload: Payload, metrics: Mapping[str, int | float]) -> RecordDict:
+def read_state(content: RecordDict, plan_digest: str) -> Download:
+    """The download that `write_state` wrote.
+
+    Args:
+        plan_digest: of the plan whose tensors it must hold.
+
+    Raises:
+        UpdateError: if the content holds none, or its sizes do not fit.
+    """
+    try:
+        header, data = content["header"], _unpacked(content)
+        sizes = [int(size) for size in header["sizes"]]
+        versions = tuple(str(version) for version in header["versions"])
+        if min(sizes, default=0) < 0 or sum(sizes) != len(data):
+            raise ValueError(f"payloads take {sum(sizes)} bytes, there are {len(data)}")
+        if len(versions) - len(sizes) not in ((0, 1) if len(sizes) == 1 else (1,)):
+            raise ValueError(f"{len(versions)} versions for {len(sizes)} payloads")
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        payloads = tuple(
+            Payload(str(header["codec"]), plan_digest, data[end - size : end])
+            for size, end in zip(sizes, ends, strict=True)
+        )
+        return Download(versions, payloads)
+    except Exception as error:
+        raise _unreadable("state", error) from error
+
+
+def write_update(
+    payload: Payload, metrics: Mapping[str, int | float], token: str = ""
+) -> RecordDict:
     """A client's update as the content of its reply."""
-    return RecordDict({"metrics": MetricRecord(dict(metrics)), **_write_payload(payload)})
+    header = {"codec": payload.codec, "plan-digest": payload.plan_digest, "token": token}
+    return RecordDict(
+        {
+            "metrics": MetricRecord(dict(metrics)),
+            "tensors": _packed(payload.data),
+            "header": ConfigRecord(header),
+        }
+    )
 
 
 def read_update(content: RecordDict) -> tuple[Payload, dict[str, int | float]]:
-    """What `write_update` wrote.
+    """What `write_update` wrote, the token aside.
 
     Raises:
-        UpdateError: if a part is missing or of the wrong kind.
+        UpdateError: if a part is missing, of the wrong kind or unknown.
     """
-    return _read_payload(content), read_metrics(content)
+    try:
+        header = content["header"]
+        if unknown := sorted({*header} - {"codec", "plan-digest", "token"}):
+            raise ValueError(f"unknown {unknown[0]} in the header")
+        if unknown := sorted({*content} - {"metrics", "tensors", "header"}):
+            raise ValueError(f"unknown record {unknown[0]}")
+        payload = Payload(str(header["codec"]), str(header["plan-digest"]), _unpacked(content))
+    except Exception as error:  # NumPy's header parser raises a dozen kinds for a damaged one
+        raise _unreadable("payload", error) from error
+    return payload, read_metrics(content)
 
 
-def write_metrics(metrics: Mapping[str, int | float]) -> RecordDict:
+def read_token(content: RecordDict) -> str:
+    """The token of a reply; empty if it carries none."""
+    header = content.get("header")
+    token = header.get("token") if isinstance(header, ConfigRecord) else None
+    return token if isinstance(token, str) else ""
+
+
+def write_metrics(metrics: Mapping[str, int | float], token: str = "") -> RecordDict:
     """Numbers alone, as the content of a reply."""
-    return RecordDict({"metrics": MetricRecord(dict(metrics))})
+    header = ConfigRecord({"token": token})
+    return RecordDict({"metrics": MetricRecord(dict(metrics)), "header": header})
+
+
+def write_bytes(data: bytes, token: str = "") -> RecordDict:
+    """A run of bytes alone, as the content of a reply."""
+    return RecordDict({"tensors": _packed(data), "header": ConfigRecord({"token": token})})
+
+
+def read_bytes(content: RecordDict) -> bytes:
+    """What `write_bytes` wrote, the token aside.
+
+    Raises:
+        UpdateError: if there is none.
+    """
+    try:
+        return _unpacked(content)
+    except Exception as error:
+        raise _unreadable("payload", error) from error
 
 
 def read_metrics(content: RecordDict) -> dict[str, int | float]:
@@ -155,7 +253,8 @@ def read_enrolment(content: RecordDict) -> Enrolment:
 
 def refusal(reason: FleetError, message: Message) -> Message:
     """An error reply that carries the reason to the server."""
-    return Message(Error(REFUSED, str(reason)), reply_to=message)
+    code = LOST_VERSION if isinstance(reason, UnknownVersion) else REFUSED
+    return Message(Error(code, str(reason)), reply_to=message)
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -166,49 +265,30 @@ def content_bytes(content: RecordDict) -> int:
     return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
-def _write_payload(payload: Payload) -> dict[str, ArrayRecord | ConfigRecord]:
-    packed = np.frombuffer(payload.data, np.uint8)
-    layout = {
-        "codec": payload.codec,
-        "plan-digest": payload.plan_digest,
-        "names": list(payload.names),
-        "shapes": [json.dumps(shape) for shape in payload.shapes],
-    }
-    return {
-        "tensors": ArrayRecord({"packed": Array(packed)}),
-        "layout": ConfigRecord(layout),
-    }
+def _unreadable(what: str, error: Exception) -> UpdateError:
+    return UpdateError(
+        f"message holds no readable {what} ({error!r}); run the same version on server and client"
+    )
 
 
-def _read_payload(content: RecordDict) -> Payload:
-    try:
-        layout = content["layout"]
-        shapes = tuple(tuple(int(n) for n in json.loads(shape)) for shape in layout["shapes"])
-        packed = content["tensors"]["packed"]
-        if packed.dtype != "uint8" or len(packed.shape) != 1:
-            raise TypeError(f"packed is {packed.dtype} of shape {packed.shape}, not a row of uint8")
-        return Payload(
-            codec=str(layout["codec"]),
-            plan_digest=str(layout["plan-digest"]),
-            names=tuple(str(name) for name in layout["names"]),
-            shapes=shapes,
-            data=_npy_bytes(packed.data),
-        )
-    except Exception as error:  # NumPy's header parser raises a dozen kinds for a damaged one
-        raise UpdateError(
-            f"message holds no readable payload ({error!r}); "
-            f"run the same version on server and client"
-        ) from error
+def _packed(data: bytes) -> ArrayRecord:
+    return ArrayRecord({"packed": Array(np.frombuffer(data, np.uint8))})
 
 
-def _npy_bytes(npy: bytes) -> bytes:
-    """The row of bytes in an .npy blob; `np.load` would allocate whatever its header claims."""
-    stream = BytesIO(npy)
+def _unpacked(content: RecordDict) -> bytes:
+    """The row of bytes in a content; `np.load` would allocate whatever its header claims."""
+    record = content["tensors"]
+    if not isinstance(record, ArrayRecord) or list(record) != ["packed"]:
+        raise TypeError(f"tensors hold {list(record)[:3]}, not one array named packed")
+    packed = record["packed"]
+    if packed.dtype != "uint8" or len(packed.shape) != 1:
+        raise TypeError(f"packed is {packed.dtype} of shape {packed.shape}, not a row of uint8")
+    stream = BytesIO(packed.data)
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"packed is .npy version {version}, not (1, 0)")
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    row = npy[stream.tell() :]
+    row = packed.data[stream.tell() :]
     if dtype != np.uint8 or shape != (len(row),):
         raise ValueError(f"packed claims {dtype} of shape {shape} and holds {len(row)} bytes")
     return row

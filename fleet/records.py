@@ -58,9 +58,18 @@ class RoundReport:
             the server, records and their headers included.
         peak_client_bytes: the largest client's allocator peak.
         seconds: wall time from the first message to the end of evaluation.
-        clients: who took part.
+        clients: whose updates count.
+        asked: who was to train.
         refused: client → why its reply, or its absence, did not count.
+        late: asked clients without whom the round went on, as its goal was reached.
+        late_replies: replies to messages of earlier rounds, dropped in this one.
+        full_state: clients that were sent the state itself, not the steps to it from
+            a version that they hold.
+        stepped: whether the model moved; not with fewer updates than min-updates.
         coverage: tensor → how many clients trained it.
+        bytes_by_client: client → bytes up, bytes down.
+        bytes_by_role: `up`, `down` → role of tensors (`weight`, `shift`, …) or
+            `headers` → bytes. An update that was refused is all headers.
     """
 
     server_round: int
@@ -72,8 +81,15 @@ class RoundReport:
     peak_client_bytes: int = 0
     seconds: float = 0.0
     clients: tuple[ClientReport, ...] = ()
+    asked: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    late: tuple[str, ...] = ()
+    late_replies: int = 0
+    full_state: tuple[str, ...] = ()
+    stepped: bool = False
     coverage: Mapping[str, int] = field(default_factory=dict)
+    bytes_by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    bytes_by_role: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class RunRecord:

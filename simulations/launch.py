@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def simulate(
     _check_fleet(config)
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
+    own_memory = record.path / "clients" if not config.state_dir else None
+    final["state-dir"] = config.state_dir or str(own_memory)
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
@@ -60,6 +63,8 @@ def simulate(
 
         run_flower(final, config.federation.clients, on_poll=watch.poll)
     watch.poll()
+    if own_memory:
+        shutil.rmtree(own_memory, ignore_errors=True)
     return record
 
 

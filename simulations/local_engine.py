@@ -24,7 +24,8 @@ class LocalGrid(Grid):
     """Hands every message to the ClientApp in this process, one after the other.
 
     Clients answer in the order in which they were asked, so a run depends on
-    its seed and on nothing else.
+    its seed and on nothing else. One runs whenever replies are looked for, so
+    that no two replies are there at once.
 
     Args:
         client_app: called for every message.
@@ -44,7 +45,8 @@ class LocalGrid(Grid):
         self._client_app = client_app
         self._on_reply = on_reply
         self._message_ids = count(1)
-        self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, Message] = {}  # id → message whose client has not run
+        self._asked = self._answered = 0
         self._contexts = {
             _FIRST_CLIENT_NODE_ID + i: Context(
                 run_id=1,
@@ -80,32 +82,38 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the clients at once; their replies wait to be pulled."""
-        ids = []
-        for reply in self.send_and_receive(messages):
-            self._replies[reply.metadata.reply_to_message_id] = reply
-            ids.append(reply.metadata.reply_to_message_id)
-        return ids
+        """Queue messages; their clients run as replies are pulled."""
+        messages = list(messages)
+        self._asked, self._answered = len(messages), 0
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
+            self._waiting[message.metadata.message_id] = message
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are there, each once."""
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        """Run the client whose turn it is, and return its reply."""
+        ids = set(message_ids)
+        turn = next((i for i in self._waiting if i in ids), None)
+        if turn is None:
+            return []
+        reply = self._answer(self._waiting.pop(turn))
+        self._answered += 1
+        self._on_reply(self._answered, self._asked)
+        return [reply]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run client after client; those whose turn comes after the deadline are not run."""
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        messages, replies = list(messages), []
-        for message in messages:
+        ids, replies = list(self.push_messages(messages)), []
+        for message_id in ids:
             if time.monotonic() > deadline:
                 break
-            replies.append(self._answer(message))
-            self._on_reply(len(replies), len(messages))
+            replies += self.pull_messages([message_id])
         return replies
 
     def _answer(self, message: Message) -> Message:
-        message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
         context = self._contexts[message.metadata.dst_node_id]
         TaskIdentity.node_id = context.node_id
         try:

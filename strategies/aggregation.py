@@ -38,7 +38,28 @@ class Aggregate:
     coverage: Mapping[str, int]
 
 
-Rule = Callable[[Sequence[ClientUpdate]], Aggregate]
+@dataclass(frozen=True)
+class Rule:
+    """How a round's updates become one, as two pure functions.
+
+    Attributes:
+        init: () → state before the first round.
+        aggregate: (updates, state) → (aggregate, state).
+    """
+
+    init: Callable[[], Mapping]
+    aggregate: Callable[[Sequence[ClientUpdate], Mapping], tuple[Aggregate, Mapping]]
+
+
+def stateless(combine: Callable[[Sequence[ClientUpdate]], Aggregate]) -> Rule:
+    """A rule that remembers nothing."""
+    return Rule(dict, lambda updates, state: (combine(updates), state))
+
+
+def rule(name: str, quorum: int = 1) -> Rule:
+    """A rule by its setting."""
+    return stateless(lambda updates: weighted_mean(updates, quorum))
+
 
 # Copies of one tensor and their clients' num_examples → one tensor of that shape.
 Combine = Callable[[Sequence[np.ndarray], Sequence[int]], np.ndarray]

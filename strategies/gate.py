@@ -1,73 +1,130 @@
-"""Validation of replies: what does not fit is refused with its reason, and nothing else happens."""
+"""Validation of replies: what does not fit is refused with its reason, and nothing else happens.
+
+The checks stand in the order of what they cost and of what they protect: size,
+token, plan, the layout of the bytes, the values, the weight. Norms are clipped
+by the rule, which sees the whole cohort.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import RecordDict
 
-from fleet.codec import decode
+from fleet.codec import EncodedArrays, most_bytes, parse_codec
 from fleet.errors import UpdateError
 from fleet.evaluation import Evaluation
-from fleet.message import read_metrics, read_update
+from fleet.message import read_metrics, read_token, read_update
 from fleet.plan import UpdatePlan
 from fleet.state import ClientUpdate
 
 MAX_EXAMPLES = 10_000_000  # a client that claims more would outweigh any fleet
+_RECORD_BYTES = 64 * 1024  # room for all of a reply but its tensors
+_MAX_METRICS = 64
 
 _OWN_FIELDS = ("num-examples", "blocks", "loss", "peak-bytes", "seconds")
 
 
-def admit(content: RecordDict, client: str, plan: UpdatePlan) -> ClientUpdate:
-    """Turn a reply into an update, if it is one.
+@dataclass(frozen=True)
+class Gate:
+    """What a reply must be to count.
+
+    Attributes:
+        plan: the widest plan; an update must be of it or of a sub-plan.
+        codec: that updates must be in.
+        spend: (client, token) takes a reply's token, or raises UpdateError.
+        keep: bytes → what slices to them; where admitted updates lie.
+    """
+
+    plan: UpdatePlan
+    codec: str
+    spend: Callable[[str, str], None]
+    keep: Callable[[bytes], bytes] = bytes
+
+    def admit(self, content: RecordDict, client: str, nbytes: int) -> ClientUpdate:
+        """Turn a reply into an update, if it is one.
+
+        Args:
+            content: of a reply to a train message.
+            client: who was asked.
+            nbytes: size of the content, as `content_bytes` counts it.
+
+        Returns:
+            The update, its tensors encoded as they came.
+
+        Raises:
+            UpdateError: with the reason why the reply does not count.
+        """
+        check_bytes(nbytes, most_bytes(self.plan, self.codec))
+        self.spend(client, read_token(content))
+        payload, metrics = read_update(content)
+        narrow = self.plan.sub_plans.get(payload.plan_digest)
+        if narrow is None:
+            raise UpdateError(
+                f"update is of plan {payload.plan_digest[:8]}, which is no sub-plan of "
+                f"{self.plan.digest[:8]}; run the server's plan"
+            )
+        tensors = EncodedArrays(payload, narrow)
+        if parse_codec(payload.codec) != parse_codec(self.codec):
+            raise UpdateError(
+                f"update is in codec {payload.codec}, the run's codec-up is {self.codec}; "
+                f"run the server's settings"
+            )
+        _check_values(tensors, narrow)
+        num_examples = _num_examples(metrics)
+        loss, peak_bytes, seconds = (
+            _number(metrics, key) for key in ("loss", "peak-bytes", "seconds")
+        )
+        kept = replace(payload, data=self.keep(payload.data))
+        statistics = {spec.name for spec in narrow.specs if spec.is_statistic}
+        return ClientUpdate(
+            client=client,
+            plan=narrow,
+            delta=EncodedArrays(kept, narrow, [n for n in tensors if n not in statistics]),
+            statistics=EncodedArrays(kept, narrow, [n for n in tensors if n in statistics]),
+            num_examples=num_examples,
+            loss=loss,
+            peak_bytes=int(peak_bytes),
+            seconds=seconds,
+            metrics={key: value for key, value in metrics.items() if key not in _OWN_FIELDS},
+        )
+
+    def admit_evaluation(self, content: RecordDict, client: str, nbytes: int) -> Evaluation:
+        """Turn a reply to an evaluate message into its result, if it is one.
+
+        Raises:
+            UpdateError: with the reason why the reply does not count.
+        """
+        check_bytes(nbytes, 0)
+        self.spend(client, read_token(content))
+        metrics = read_metrics(content)
+        return Evaluation(
+            _num_examples(metrics), _number(metrics, "loss"), _number(metrics, "accuracy")
+        )
+
+
+def check_bytes(nbytes: int, of_tensors: int) -> None:
+    """Hold a reply's size against the most that an honest one may have.
 
     Args:
-        content: of a reply to a train message.
-        client: who was asked.
-        plan: the widest plan; the reply must be of it or of a sub-plan.
+        nbytes: of the whole content.
+        of_tensors: what its tensors may take.
 
     Raises:
-        UpdateError: with the reason why the reply does not count.
+        UpdateError: if it has more, the records beside the tensors included.
     """
-    payload, metrics = read_update(content)
-    narrow = plan.sub_plans.get(payload.plan_digest)
-    if narrow is None:
-        raise UpdateError(
-            f"update is of plan {payload.plan_digest[:8]}, which is no sub-plan of "
-            f"{plan.digest[:8]}; run the server's plan"
-        )
-    num_examples = _num_examples(metrics)
-    loss, peak_bytes, seconds = (_number(metrics, key) for key in ("loss", "peak-bytes", "seconds"))
-    tensors = decode(payload, narrow)
+    most = of_tensors + _RECORD_BYTES
+    if nbytes > most:
+        raise UpdateError(f"reply has {nbytes} bytes, no honest one has more than {most}; refused")
+
+
+def _check_values(tensors: EncodedArrays, plan: UpdatePlan) -> None:
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UpdateError(f"{name} holds NaN or infinity; lower the learning rate")
-        if narrow.by_name[name].role == "var" and (array < 0).any():
+        if plan.by_name[name].role == "var" and (array < 0).any():
             raise UpdateError(f"{name} holds a negative variance, {array.min()}")
-    statistics = {name for name, spec in narrow.by_name.items() if spec.is_statistic}
-    return ClientUpdate(
-        client=client,
-        plan=narrow,
-        delta={name: array for name, array in tensors.items() if name not in statistics},
-        statistics={name: array for name, array in tensors.items() if name in statistics},
-        num_examples=num_examples,
-        loss=loss,
-        peak_bytes=int(peak_bytes),
-        seconds=seconds,
-        metrics={key: value for key, value in metrics.items() if key not in _OWN_FIELDS},
-    )
-
-
-def admit_evaluation(content: RecordDict) -> Evaluation:
-    """Turn a reply to an evaluate message into its result, if it is one.
-
-    Raises:
-        UpdateError: with the reason why the reply does not count.
-    """
-    metrics = read_metrics(content)
-    return Evaluation(
-        _num_examples(metrics), _number(metrics, "loss"), _number(metrics, "accuracy")
-    )
 
 
 def _num_examples(metrics: Mapping[str, int | float]) -> int:
@@ -80,6 +137,8 @@ def _num_examples(metrics: Mapping[str, int | float]) -> int:
 
 
 def _number(metrics: Mapping[str, int | float], key: str) -> float:
+    if len(metrics) > _MAX_METRICS:
+        raise UpdateError(f"reply has {len(metrics)} metrics, {_MAX_METRICS} at most are read")
     value = metrics.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UpdateError(f"{key} must be a finite number, got {value!r}")

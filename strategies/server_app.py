@@ -21,9 +21,9 @@ from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
+from strategies.algorithm import algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.sampling import Roster
-from strategies.server_opt import server_optimizer
 
 app = ServerApp()
 
@@ -45,11 +45,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         FleetError: for a setting, data or weights that the user can mend.
     """
     federation = config.federation
-    optimizer = server_optimizer(
-        federation.strategy,
-        learning_rate=federation.server_learning_rate,
-        momentum=federation.server_momentum,
-    )
+    chosen = algorithm(federation)
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
     online = roster.online(federation.min_clients)
@@ -86,7 +82,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         roster,
         federation,
         config.seed,
-        optimizer,
+        chosen,
         evaluate=evaluate_state if test else None,
         on_round=end_round,
     )

@@ -103,7 +103,7 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
     stays one.
 
     Layout: the tensor's peak (float32); by channel, a factor for each
-    (uint16) and the levels, Huffman-coded; else the levels, a byte each.
+    (uint16); the levels, Huffman-coded.
 
     Source: QSGD, Alistarh et al., arXiv:1610.02132, with the largest
     magnitude in place of the norm.
@@ -114,8 +114,7 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
         return 4 + 2 * shape[0] if by_channel else 4
 
     def most(shape: Shape) -> int:
-        size = size_of(shape)
-        return scale_bytes(shape) + (bound(size) if by_channel else size)
+        return scale_bytes(shape) + bound(size_of(shape))
 
     def encode(array: np.ndarray, rounding: Rounding) -> bytes:
         rows = _rows(array, array.shape, by_channel)
@@ -128,19 +127,15 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
         scaled = rounding(scaled)
         np.clip(scaled, -levels, levels, out=scaled)  # float32 may take a peak to L + 10^-5
         codes = scaled.astype(np.int8).ravel()
-        if not by_channel:
-            return peak.astype("<f4").tobytes() + codes.tobytes()
-        return peak.astype("<f4").tobytes() + factors.tobytes() + pack(codes)
+        scales = factors.tobytes() if by_channel else b""
+        return peak.astype("<f4").tobytes() + scales + pack(codes)
 
     def decode(data: memoryview, shape: Shape) -> np.ndarray:
         start, size = scale_bytes(shape), size_of(shape)
-        if by_channel:
-            if len(data) < start:
-                raise UpdateError(f"{len(data)} bytes are fewer than the {start} of the scales")
-            factors, codes = np.frombuffer(data[4:start], "<u2"), unpack(data[start:], size)
-        else:
-            check_size(data, start + size)
-            factors, codes = np.array([_FULL], "<u2"), np.frombuffer(data[start:], np.int8)
+        if len(data) < start:
+            raise UpdateError(f"{len(data)} bytes are fewer than the {start} of the scales")
+        codes = unpack(data[start:], size)
+        factors = np.frombuffer(data[4:start], "<u2") if by_channel else np.array([_FULL], "<u2")
         peak = float(np.frombuffer(data[:4], "<f4")[0])
         rows = _rows(codes, shape, by_channel).astype(np.float32)
         rows *= _steps(peak, factors, levels)[:, None]

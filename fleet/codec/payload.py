@@ -71,9 +71,7 @@ def encode(
             return nearest
         return stochastic(np.random.default_rng([*seed, *spec.name.encode()]))
 
-    parts = [
-        _format(name, spec).encode(arrays[spec.name], rounding(spec)) for spec in plan.specs
-    ]
+    parts = [_format(name, spec).encode(arrays[spec.name], rounding(spec)) for spec in plan.specs]
     sizes = np.array([len(part) for part in parts[:-1]], "<u4").tobytes()
     return Payload(codec=codec, plan_digest=plan.digest, data=sizes + b"".join(parts))
 
@@ -178,8 +176,8 @@ def _is_sparse(name: CodecName, spec: TensorSpec) -> bool:
 def _format(name: CodecName, spec: TensorSpec) -> Format:
     """How a codec writes one tensor.
 
-    Statistics travel as values and are never quantised; what has one dimension
-    is too small for fewer than 8 bits, or for gaps, to pay.
+    Statistics travel as values and are never quantised. What has one dimension
+    is never sparse, and takes 8 bits unless feedback makes up for fewer.
     """
     if _is_sparse(name, spec):
         return sparse(name.base)
@@ -187,6 +185,7 @@ def _format(name: CodecName, spec: TensorSpec) -> Format:
         return float32()
     if name.base == "float16" or spec.is_statistic:
         return float16()
+    bits = {"int8": 8, "int4": 4}[name.base]
     if len(spec.shape) < 2:
-        return quantised(8, by_channel=False)
-    return quantised({"int8": 8, "int4": 4}[name.base], by_channel=True)
+        return quantised(bits if name.feedback else 8, by_channel=False)
+    return quantised(bits, by_channel=True)

@@ -95,7 +95,8 @@ def _positions(data: memoryview, count: int, size: int) -> np.ndarray:
     named = gaps != _JUMP
     steps = gaps.astype(np.int64) + named
     positions = np.cumsum(steps)[named] - 1
-    if len(positions) != count or (count and positions[-1] >= size) or (len(gaps) and not named[-1]):
+    ends_well = not len(gaps) or bool(named[-1])
+    if len(positions) != count or not ends_well or (count and positions[-1] >= size):
         raise UpdateError(
             f"gaps name {len(positions)} numbers, expected {count} of {size}; they were damaged"
         )

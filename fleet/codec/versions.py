@@ -8,12 +8,13 @@ model itself, which every device has: no first download is needed.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fleet.codec.names import parse_codec
 from fleet.codec.payload import Payload, decode, encode
 from fleet.errors import UpdateError
+from fleet.plan import UpdatePlan
 from fleet.state import Arrays, TrainableState
 
 FULL_STATE = "float32"  # a state that must come out bit for bit
@@ -104,18 +105,17 @@ class Versions:
         if held in self._versions:
             start = self._versions.index(held)
             return Download(tuple(self._versions[start:]), tuple(self._steps[start:]))
-        return Download(
-            (self.newest,), (encode(self.state.tensors, self.state.plan, FULL_STATE),)
-        )
+        return Download((self.newest,), (encode(self.state.tensors, self.state.plan, FULL_STATE),))
 
 
-def follow(download: Download, held: Sequence[TrainableState]) -> TrainableState:
+def follow(download: Download, plan: UpdatePlan, held: Iterable[TrainableState]) -> TrainableState:
     """The client's side: the newest version.
 
     Args:
         download: as it came.
-        held: states that are there to start from, the most wanted first; all
-            of the download's plan.
+        plan: of all these states.
+        held: states that are there to start from, the newest first; asked for
+            only as far as they are needed.
 
     Raises:
         UpdateError: if a payload is damaged, or comes to another version than
@@ -124,7 +124,6 @@ def follow(download: Download, held: Sequence[TrainableState]) -> TrainableState
     """
     newest = download.versions[-1]
     if download.is_full_state:
-        plan = held[0].plan
         state = TrainableState(plan, decode(download.payloads[0], plan))
         return _checked(state, newest)
     for state in held:

@@ -1,0 +1,133 @@
+"""What a strategy is: two functions that turn a round's updates into the next model.
+
+A strategy of one's own is an `Algorithm`; those built in are a rule that makes
+one update of many (`strategies.aggregation`) and an optimiser that steps the
+model by it (`strategies.server_opt`).
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleet.config import FederationConfig
+from fleet.errors import ConfigError
+from fleet.state import ClientUpdate, TrainableState
+from strategies.aggregation import Rule, rule
+from strategies.server_opt import ServerOptimizer, server_optimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a round came to.
+
+    Attributes:
+        state: the model's tensors after the round.
+        memory: what the algorithm wants back in the next round.
+        coverage: tensor → how many clients trained it.
+    """
+
+    state: TrainableState
+    memory: Any
+    coverage: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How a round's updates move the model, as two pure functions.
+
+    Attributes:
+        init: state before the first round → memory.
+        step: (updates, state, memory) → `Step`. Updates are admitted ones, at
+            most one per client, at least one, in order of the clients' names;
+            of unequal plans, so each carries the tensors that its client
+            trained. `delta` is float32, trained minus received; `statistics`
+            are running means and variances as they are.
+    """
+
+    init: Callable[[TrainableState], Any]
+    step: Callable[[Sequence[ClientUpdate], TrainableState, Any], Step]
+
+
+def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
+    """Aggregate with a rule, step the parameters with an optimiser.
+
+    Statistics are what the rule makes of them; they never go through the
+    optimiser.
+    """
+
+    def init(state: TrainableState) -> Any:
+        return combine.init(), optimizer.init(parameters_of(state))
+
+    def step(updates: Sequence[ClientUpdate], state: TrainableState, memory: Any) -> Step:
+        of_rule, of_optimizer = memory
+        aggregate, of_rule = combine.aggregate(updates, of_rule)
+        parameters, of_optimizer = optimizer.update(
+            aggregate.delta, of_optimizer, parameters_of(state)
+        )
+        statistics = {n: np.asarray(a, np.float32) for n, a in aggregate.statistics.items()}
+        tensors = {**state.tensors, **parameters, **statistics}
+        stepped = TrainableState(state.plan, tensors)
+        return Step(stepped, (of_rule, of_optimizer), dict(aggregate.coverage))
+
+    return Algorithm(init, step)
+
+
+def parameters_of(state: TrainableState) -> dict[str, np.ndarray]:
+    """What a server optimiser steps: all but the statistics."""
+    by_name = state.plan.by_name
+    return {name: a for name, a in state.tensors.items() if not by_name[name].is_statistic}
+
+
+def algorithm(config: FederationConfig) -> Algorithm:
+    """The algorithm of a run's settings.
+
+    Raises:
+        ConfigError: for an unknown strategy or rule, or a value out of range.
+    """
+    if ":" in config.strategy:
+        return own_algorithm(config.strategy)
+    optimizer = server_optimizer(
+        config.strategy,
+        learning_rate=config.server_learning_rate,
+        momentum=config.server_momentum,
+    )
+    return compose(rule(config.rule, config.quorum), optimizer)
+
+
+def own_algorithm(where: str) -> Algorithm:
+    """An algorithm of the user's own: `package.module:name`.
+
+    Args:
+        where: names an `Algorithm`, or a function without arguments that makes one.
+
+    Raises:
+        ConfigError: if it cannot be imported or is none.
+    """
+    found = import_named(where)
+    if not isinstance(found, Algorithm) and callable(found):
+        found = found()
+    if not isinstance(found, Algorithm):
+        raise ConfigError(
+            f"strategy {where} is a {type(found).__name__}, not a strategies.algorithm.Algorithm "
+            f"nor a function that makes one"
+        )
+    return found
+
+
+def import_named(where: str) -> Any:
+    """What `package.module:name` means.
+
+    Raises:
+        ConfigError: if there is no such module, or no such name in it.
+    """
+    module, _, name = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot import {where}: {error}; write package.module:name, with the package where "
+            f"Python finds it (PYTHONPATH)"
+        ) from error
