@@ -323,6 +323,9 @@ def _parse_round(line: bytes) -> RoundReport:
     for client in values["clients"]:
         _check_keys(ClientReport, client)
     clients = tuple(ClientReport(**client) for client in values["clients"])
+    for key in ("asked", "late", "full_state"):
+        values[key] = tuple(values[key])
+    values["bytes_by_client"] = {n: tuple(b) for n, b in values["bytes_by_client"].items()}
     return RoundReport(**values | {"clients": clients})
 
 

@@ -35,6 +35,8 @@ class LocalGrid(Grid):
             answered, and its size.
     """
 
+    answers_at_once = True  # a reply that `pull_messages` does not return will not come later
+
     def __init__(
         self,
         client_app: ClientApp,

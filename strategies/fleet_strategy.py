@@ -23,7 +23,7 @@ from strategies.ledger import Ledger
 from strategies.outbox import Outbox
 from strategies.sampling import Roster, sample
 from strategies.spool import Spool
-from strategies.streaming import StreamingGrid
+from strategies.streaming import StreamingGrid, close
 from strategies.tokens import Tokens
 
 
@@ -117,6 +117,7 @@ class FleetStrategy(Strategy):
                 self._step(server_round)
         finally:
             spool.close()
+            close(replies)
         return None, None
 
     def configure_evaluate(
@@ -141,6 +142,7 @@ class FleetStrategy(Strategy):
                 results.append(gate.admit_evaluation(content, name, nbytes))
             except UpdateError as error:
                 self._ledger.refused[name] = f"evaluation: {error}"
+        close(replies)
         total = sum(result.num_examples for result in results)
         if total:
             self._ledger.evaluation = Evaluation(
@@ -187,7 +189,7 @@ class FleetStrategy(Strategy):
                 self._ledger.late += sorted(silent.values())
                 return
         for name in silent.values():
-            self._ledger.refused[name] = f"no reply within {self._config.round_timeout:.0f} s"
+            self._ledger.refused[name] = f"no reply within {self._config.round_timeout:g} s"
 
     def _step(self, server_round: int) -> None:
         ledger = self._ledger

@@ -1,7 +1,7 @@
 """A grid that hands out replies as they arrive, and forgets nobody who is late."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -25,6 +25,8 @@ class StreamingGrid(Grid):
     def __init__(self, grid: Grid, poll_seconds: float = POLL_SECONDS) -> None:
         self._grid = grid
         self._poll_seconds = poll_seconds
+        # A simulated fleet answers as it is asked: what does not come then, never comes.
+        self._waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: set[str] = set()  # ids of messages that nobody waits for any more
         self._late: list[str] = []
 
@@ -87,9 +89,17 @@ class StreamingGrid(Grid):
                 pulled = list(self._grid.pull_messages(set(waiting)))
                 waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
                 if not pulled:
+                    if not self._waits:
+                        break
                     time.sleep(min(self._poll_seconds, max(0.0, deadline - time.monotonic())))
                 while pulled:
                     yield pulled.pop(0)
         finally:
             self._outstanding |= waiting
             self._late += [reply.metadata.reply_to_message_id for reply in pulled]
+
+
+def close(replies: Iterable[Message]) -> None:
+    """Stop listening now: replies that have not come count as late from here on."""
+    if isinstance(replies, Generator):
+        replies.close()

@@ -3,9 +3,18 @@ from flwr.app import Context, Message, RecordDict
 
 from clients.client_app import app
 from fleet.backbones import load_backbone
-from fleet.codec import encode
+from fleet.codec import Versions
 from fleet.config import default_settings
-from fleet.message import REFUSED, Task, read_enrolment, read_metrics, read_update, write_task
+from fleet.message import (
+    REFUSED,
+    Task,
+    read_enrolment,
+    read_metrics,
+    read_token,
+    read_update,
+    write_state,
+    write_task,
+)
 from fleet.plan import make_plan
 from fleet.state import capture
 
@@ -26,8 +35,14 @@ def task():
         "mobilenet_v3_small", num_classes=10, image_size=32, weights="none", seed=0
     )
     plan = make_plan(backbone, method="mobiletl", blocks=1)
-    state = encode(capture(backbone.model, plan).tensors, plan)
-    return plan, write_task(Task(plan.summary(), tuple("0123456789"), 1), state)
+    state = write_state(Versions(capture(backbone.model, plan), "float32").download(None))
+    task = Task(plan.summary(), tuple("0123456789"), 1, run="ab12", token="cafe")
+    return plan, RecordDict({**write_task(task), **state})
+
+
+@pytest.fixture(autouse=True)
+def memory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEET_STATE", str(tmp_path / "state"))
 
 
 @pytest.fixture
@@ -52,15 +67,18 @@ def test_query_introduces_the_client(ask):
 
 def test_train_replies_with_an_update(ask, task):
     plan, content = task
-    payload, metrics = read_update(ask("train", content).content)
+    reply = ask("train", content).content
+    payload, metrics = read_update(reply)
+    assert read_token(reply) == "cafe"
     assert payload.plan_digest == plan.digest
     assert (metrics["num-examples"], metrics["blocks"]) == (18, 1)
-    assert payload.nbytes == plan.nbytes
+    assert payload.nbytes == plan.nbytes + 4 * (len(plan.specs) - 1)
 
 
 def test_evaluate_replies_with_numbers_alone(ask, task):
     reply = ask("evaluate", task[1]).content
-    assert set(reply) == {"metrics"}
+    assert set(reply) == {"metrics", "header"}
+    assert read_token(reply) == "cafe"
     metrics = read_metrics(reply)
     assert metrics.keys() == {"num-examples", "loss", "accuracy"}
     assert metrics["num-examples"] == 2

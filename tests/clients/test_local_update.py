@@ -9,7 +9,7 @@ from clients import local_update
 from clients.local_data import local_data
 from clients.local_update import Client, enrol, evaluate_task, train_task
 from fleet.backbones import load_backbone
-from fleet.codec import decode, encode
+from fleet.codec import Versions, decode
 from fleet.config import default_settings, read_config
 from fleet.errors import ConfigError, PlanError, UpdateError
 from fleet.evaluation import evaluate
@@ -41,7 +41,22 @@ def server(method="mobiletl", blocks=2, classes=CLASSES, **options):
     backbone = load_backbone("mobilenet_v3_small", **(sizes | options))
     plan = make_plan(backbone, method=method, blocks=blocks)
     state = capture(backbone.model, plan)
-    return backbone, plan, Task(plan.summary(), classes, 1), encode(state.tensors, plan)
+    return backbone, plan, Task(plan.summary(), classes, 1, "ab12"), whole(state)
+
+
+def whole(state):
+    """A download that is a state itself."""
+    return Versions(state, "float32").download(None)
+
+
+def received_by(download, plan):
+    """The tensors that a client receives."""
+    return decode(download.payloads[0], plan)
+
+
+@pytest.fixture(autouse=True)
+def memory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEET_STATE", str(tmp_path / "state"))
 
 
 def test_a_client_is_named_by_its_configuration_its_partition_or_its_node():
@@ -78,7 +93,7 @@ def test_an_update_is_what_changed_and_statistics_as_they_are(blocks):
     _, plan, task, payload = server()
     update, metrics = train_task(client(OWN | {"blocks": blocks}), task, payload)
     narrow = plan.narrow(blocks)
-    delta, received = decode(update, narrow), decode(payload, plan)
+    delta, received = decode(update, narrow), received_by(payload, plan)
     assert metrics["blocks"] == blocks
     for spec in narrow.specs:
         if spec.role == "var":
@@ -95,7 +110,7 @@ def test_the_delta_leads_from_the_received_state_to_the_trained_one():
     with torch.no_grad():
         backbone.head.weight.normal_()
     plan = make_plan(backbone, method="head")
-    offset = encode(capture(backbone.model, plan).tensors, plan)
+    offset = whole(capture(backbone.model, plan))
     from_zero = decode(train_task(client(learning_rate=1e-30), task, offset)[0], plan)
     assert all((np.abs(array) < 1e-20).all() for array in from_zero.values())
     moved = decode(train_task(client(), task, payload)[0], plan)

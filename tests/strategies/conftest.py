@@ -107,30 +107,46 @@ def flower_round(task_identity):
 
 
 class ScriptedGrid:
-    """Nodes whose answers a test writes: node id → function of a message to its reply.
+    """Nodes whose answers a test writes: node id → function of a message to its replies.
 
-    A reply is a RecordDict, a whole Message, or None for silence.
+    A reply is a RecordDict, a whole Message, a list of them, or None for silence. `later`
+    holds replies that a test brings in when it likes.
     """
 
     def __init__(self, nodes):
         self.nodes = dict(nodes)
         self.sent = []
+        self.later = []
+        self._waiting = {}
         self._ids = itertools.count(1)
 
     def get_node_ids(self):
         return list(self.nodes)
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = []
+    def push_messages(self, messages):
+        ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
             self.sent.append(message)
-            reply = self.nodes[message.metadata.dst_node_id](message)
-            if isinstance(reply, RecordDict):
-                reply = Message(reply, reply_to=message)
-            if reply is not None:
-                replies.append(reply)
-        return replies
+            self._waiting[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids):
+        arrived, self.later = self.later, []
+        for message_id in sorted(message_ids, key=int):
+            if message_id in self._waiting:
+                message = self._waiting.pop(message_id)
+                replies = self.nodes[message.metadata.dst_node_id](message)
+                for reply in replies if isinstance(replies, list) else [replies]:
+                    if isinstance(reply, RecordDict):
+                        reply = Message(reply, reply_to=message)
+                    if reply is not None:
+                        arrived.append(reply)
+        return arrived
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return self.pull_messages(self.push_messages(messages))
 
 
 @pytest.fixture

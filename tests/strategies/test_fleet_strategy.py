@@ -2,17 +2,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fleet.codec import decode, encode
+from fleet.codec import UnknownVersion, decode, encode, follow, version_of
 from fleet.config import default_settings, read_config
 from fleet.errors import PlanError
 from fleet.evaluation import Evaluation
 from fleet.message import (
     Enrolment,
     content_bytes,
+    read_state,
     read_task,
     refusal,
     write_enrolment,
@@ -20,6 +21,8 @@ from fleet.message import (
     write_update,
 )
 from fleet.state import TrainableState
+from strategies.aggregation import stateless, weighted_mean
+from strategies.algorithm import compose
 from strategies.fleet_strategy import FleetStrategy
 from strategies.sampling import Roster
 from strategies.server_opt import adam, sgd
@@ -28,7 +31,7 @@ from tests import reference
 BLOCKS = {"pi-0": 1, "pi-1": 3, "pi-2": 5, "pi-3": 0}
 
 
-def trained(update, **metrics):
+def trained(update, codec="float32", **metrics):
     """The reply that holds a client's update."""
     numbers = {
         "num-examples": update.num_examples,
@@ -38,7 +41,14 @@ def trained(update, **metrics):
         "seconds": update.seconds,
     }
     arrays = dict(update.delta) | dict(update.statistics)
-    return write_update(encode(arrays, update.plan), numbers | metrics)
+    return write_update(encode(arrays, update.plan, codec), numbers | metrics)
+
+
+def echoing(reply, message):
+    """A reply with the token of its message, as a client's has."""
+    if isinstance(reply, RecordDict) and isinstance(reply.get("header"), ConfigRecord):
+        reply["header"]["token"] = message.content["task"]["token"]
+    return reply
 
 
 def fixed_evaluation(state):
@@ -82,14 +92,14 @@ def run(scripted_grid, initial):
             def reply(message):
                 if message.metadata.message_type == "query":
                     return write_enrolment(Enrolment(name, 10, ("cat", "dog")))
-                reply = answer(message)
+                reply = echoing(answer(message), message)
                 received.append(reply)
                 return reply
 
             return reply
 
         grid = scripted_grid({10 + i: node(*pair) for i, pair in enumerate(clients.items())})
-        settings = {"rounds": rounds, "min-clients": 1} | settings
+        settings = {"rounds": rounds, "min-clients": 1, "round-timeout": 0.5} | settings
         config = read_config(default_settings() | settings).federation
         strategy = FleetStrategy(
             initial,
@@ -97,7 +107,7 @@ def run(scripted_grid, initial):
             Roster(grid, timeout=1),
             config,
             0,
-            optimizer or sgd(),
+            compose(stateless(weighted_mean), optimizer or sgd()),
             evaluate=evaluate,
         )
         strategy.run(grid)
@@ -170,7 +180,9 @@ def test_statistics_never_go_through_the_optimiser(run, updates, initial):
     updates = updates()
     for optimizer in (adam(), sgd(0.1, momentum=0.9)):
         strategy, _, _ = run(answers(updates), rounds=2, optimizer=optimizer)
-        assert not any("running" in name for name in strategy._optimizer_state)
+        of_optimizer = strategy._memory[1]
+        assert of_optimizer
+        assert not any("running" in name for name in of_optimizer)
         for name, array in statistics_of(updates, initial).items():
             assert_allclose(strategy.state.tensors[name], array, rtol=1e-6)
 
@@ -179,10 +191,12 @@ def test_every_client_is_sent_the_state_of_the_round(run, updates, initial):
     strategy, sent, _ = run(answers(updates()), rounds=2)
     states = []
     for i, message in enumerate(sent):
-        task, payload = read_task(message.content)
+        task = read_task(message.content)
         assert task.server_round == 1 + i // len(BLOCKS)
         assert (task.classes, task.plan) == (("cat", "dog"), strategy.plan.summary())
-        states.append(decode(payload, strategy.plan))
+        download = read_state(message.content, strategy.plan.digest)
+        assert download.is_full_state
+        states.append(decode(download.payloads[0], strategy.plan))
     assert len(states) == 2 * len(BLOCKS)
     for name, array in initial.tensors.items():
         assert_array_equal(states[0][name], array)
@@ -227,7 +241,7 @@ def test_a_hostile_reply_is_refused_by_name_and_the_round_goes_on(run, updates, 
 def test_a_reply_of_nothing_is_refused(run, updates):
     clients = answers(updates()) | {"pi-0": lambda message: RecordDict()}
     strategy, _, _ = run(clients)
-    assert "no readable payload" in strategy.reports[1].refused["pi-0"]
+    assert "pi-0 carries no token" in strategy.reports[1].refused["pi-0"]
 
 
 def test_a_round_of_refusals_changes_no_bit(run, updates, initial):
@@ -255,10 +269,10 @@ def test_errors_and_silence_are_refused_with_their_reasons(run, updates):
         "pi-1": lambda message: None,
         "pi-2": from_the_superlink,
     }
-    strategy, _, _ = run(clients, **{"round-timeout": 60.0})
+    strategy, _, _ = run(clients)
     assert strategy.reports[1].refused == {
         "pi-0": "weights of stem differ",
-        "pi-1": "no reply within 60 s",
+        "pi-1": "no reply within 0.5 s",
         "pi-2": "node is offline",
     }
     assert [client.name for client in strategy.reports[1].clients] == ["pi-3"]
@@ -268,7 +282,7 @@ def test_a_reply_counts_for_whom_was_asked_whoever_it_claims_to_be_from(run, upd
     updates = updates()
 
     def forged(message):
-        reply = Message(trained(updates["pi-0"]), reply_to=message)
+        reply = Message(echoing(trained(updates["pi-0"]), message), reply_to=message)
         reply.metadata.__dict__["_src_node_id"] = 11  # pi-1's
         return reply
 
@@ -382,3 +396,128 @@ def test_no_evaluation_at_all_leaves_the_round_without_one(run, updates):
     strategy, _, _ = run(clients, evaluate=None)
     assert strategy.reports[1].accuracy is None
     assert strategy.reports[1].refused.keys() == BLOCKS.keys()
+
+
+def test_with_a_goal_the_round_goes_on_without_the_rest(run, updates):
+    strategy, _, _ = run(answers(updates()), rounds=6, goal=2)
+    for report in strategy.reports[1:]:
+        assert len(report.clients) == len(report.late) == 2
+        assert {*report.asked} == {*BLOCKS} == {c.name for c in report.clients} | {*report.late}
+        assert not report.refused
+    # Nobody is left out for its name: whom the order put last changes.
+    assert len({report.late for report in strategy.reports[1:]}) > 1
+
+
+def test_refused_replies_do_not_count_towards_the_goal(run, updates):
+    clients = answers(updates()) | {"pi-0": lambda message: RecordDict()}
+    strategy, _, _ = run(clients, goal=3)
+    assert len(strategy.reports[1].clients) == 3
+
+
+def test_late_replies_are_dropped_and_counted(run, updates):
+    strategy, _, _ = run(answers(updates()), rounds=3, goal=2)
+    # The toy grid answers whoever looks, so the two that were not waited for come next round.
+    assert [report.late_replies for report in strategy.reports[1:]] == [0, 2, 2]
+
+
+def test_with_too_few_updates_the_round_is_abandoned_and_the_model_stays(run, updates, initial):
+    clients = answers(updates()) | {"pi-0": lambda message: None, "pi-1": lambda message: None}
+    strategy, sent, _ = run(clients, rounds=2, **{"min-updates": 3})
+    for report in strategy.reports[1:]:
+        assert not report.stepped
+        assert len(report.clients) == 2
+        assert report.refused.keys() == {"pi-0", "pi-1"}
+        assert not report.coverage
+    for name, array in initial.tensors.items():
+        assert strategy.state.tensors[name].tobytes() == array.tobytes()
+    # Nothing of it came into the model, so nothing is acknowledged.
+    assert {read_task(message.content).acknowledged for message in sent} == {0}
+
+
+def test_clients_learn_which_of_their_updates_counted(run, updates):
+    clients = answers(updates()) | {"pi-0": lambda message: None}
+    _, sent, _ = run(clients, rounds=2)
+    seen = [(m.metadata.dst_node_id - 10, read_task(m.content).acknowledged) for m in sent]
+    assert {pair for pair in seen[:4]} == {(i, 0) for i in range(4)}
+    assert {pair for pair in seen[4:]} == {(0, 0), (1, 1), (2, 1), (3, 1)}
+
+
+def test_a_second_reply_and_one_to_no_message_are_dropped_by_name(run, updates):
+    updates = updates()
+
+    def twice(message):
+        first, second = (echoing(trained(updates["pi-0"]), message) for _ in range(2))
+        stray = Message(trained(updates["pi-0"]), reply_to=message)
+        stray.metadata.__dict__["_reply_to_message_id"] = "77"
+        return [*(Message(content, reply_to=message) for content in (first, second)), stray]
+
+    once, _, _ = run(answers(updates))
+    strategy, _, _ = run(answers(updates) | {"pi-0": twice})
+    assert strategy.reports[1].refused == {
+        "pi-0 (again)": "reply to no message that waits for one; dropped",
+        "unknown sender": "reply to no message that waits for one; dropped",
+    }
+    for name, array in once.state.tensors.items():
+        assert strategy.state.tensors[name].tobytes() == array.tobytes()
+
+
+def following(updates, initial):
+    """Clients that keep the version that they are sent, and what they are sent."""
+    held, downloads = {}, []
+
+    def client(name):
+        def answer(message):
+            download = read_state(message.content, initial.plan.digest)
+            downloads.append((name, download))
+            try:
+                known = [held[name]] if name in held else [initial]
+                held[name] = follow(download, initial.plan, known)
+            except UnknownVersion as error:
+                return refusal(error, message)
+            return trained(updates[name], codec="int8")
+
+        return answer
+
+    return {name: client(name) for name in updates}, held, downloads
+
+
+def test_with_a_codec_down_clients_follow_in_steps_bit_for_bit(run, updates, initial):
+    clients, held, downloads = following(updates(), initial)
+    strategy, _, _ = run(clients, rounds=4, sampled=2, **{"codec-up": "int8", "codec-down": "int4"})
+    newest = strategy._outbox.versions.state.tensors
+    last = {client.name for client in strategy.reports[4].clients}
+    states = {name: state for name, state in held.items() if name in last}
+    assert len({version_of(state) for state in states.values()}) == 1
+    assert all(not download.is_full_state for _, download in downloads)
+    # What clients hold is what the server means, to within the codec's last step.
+    for name, array in strategy.state.tensors.items():
+        scale = np.abs(array - initial.tensors[name]).max() + 1e-6
+        assert np.abs(newest[name] - array).max() <= scale
+
+
+def test_a_client_that_holds_nothing_is_sent_the_state_and_the_report_says_so(
+    run, updates, initial
+):
+    clients, held, downloads = following(updates(), initial)
+    held["pi-2"] = initial * 2.0  # another model than the server's
+    strategy, _, _ = run(clients, rounds=3, **{"codec-up": "int8", "codec-down": "int8"})
+    reports = strategy.reports[1:]
+    assert "holds no version from which" in reports[0].refused["pi-2"]
+    assert [report.full_state for report in reports] == [(), ("pi-2",), ()]
+    assert "pi-2" in {client.name for client in reports[1].clients}
+
+
+def test_bytes_are_told_by_client_and_by_role(run, updates, initial):
+    strategy, sent, received = run(answers(updates()))
+    report = strategy.reports[1]
+    assert {name: down for name, (_, down) in report.bytes_by_client.items()} == {
+        f"pi-{m.metadata.dst_node_id - 10}": content_bytes(m.content) for m in sent
+    }
+    assert sum(up for up, _ in report.bytes_by_client.values()) == report.bytes_up
+    assert sum(report.bytes_by_role["up"].values()) == report.bytes_up
+    assert sum(report.bytes_by_role["down"].values()) == report.bytes_down
+    sizes = {}
+    for update in updates().values():
+        for spec in update.plan.specs:
+            sizes[spec.role] = sizes.get(spec.role, 0) + spec.nbytes
+    assert {r: n for r, n in report.bytes_by_role["up"].items() if r != "headers"} == sizes

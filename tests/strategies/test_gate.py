@@ -9,8 +9,9 @@ from numpy.testing import assert_array_equal
 
 from fleet.codec import encode
 from fleet.errors import UpdateError
-from fleet.message import write_metrics, write_update
-from strategies.gate import MAX_EXAMPLES, admit, admit_evaluation
+from fleet.message import content_bytes, write_metrics, write_update
+from strategies.gate import MAX_EXAMPLES, Gate
+from strategies.tokens import Tokens
 
 METRICS = {
     "num-examples": 12,
@@ -28,6 +29,19 @@ def arrays_of(plan, seed=0):
     return {
         spec.name: np.square(rng.normal(size=spec.shape)).astype(np.float32) for spec in plan.specs
     }
+
+
+def spend_any(client, token):
+    """A gate's `spend` that takes every token."""
+
+
+def admit(content, client, plan, codec="float32"):
+    return Gate(plan, codec, spend_any).admit(content, client, content_bytes(content))
+
+
+def admit_evaluation(content):
+    gate = Gate(None, "float32", spend_any)
+    return gate.admit_evaluation(content, "pi-1", content_bytes(content))
 
 
 @pytest.fixture
@@ -52,7 +66,7 @@ def test_an_update_of_any_sub_plan_is_admitted(toy_plan, reply, blocks):
     assert update.delta.keys() == arrays.keys() - statistics
     assert update.statistics.keys() == statistics
     for name, array in arrays.items():
-        assert_array_equal((update.delta | update.statistics)[name], array)
+        assert_array_equal({**update.delta, **update.statistics}[name], array)
 
 
 def test_metrics_reach_the_update(toy_plan, reply):
@@ -94,13 +108,127 @@ def test_a_zero_variance_and_a_negative_mean_are_admitted(toy_plan, reply):
     admit(reply(tensors=tensors), "pi-1", toy_plan)
 
 
-def test_a_shape_that_would_broadcast_is_refused(toy_plan, reply):
-    layout = dict(reply()["layout"])
-    layout["shapes"] = [s.replace("[4, 3]", "[3]") for s in layout["shapes"]]
+def float32s(*arrays):
+    """Float32 arrays as a reply's tensors, without what the plan says of them."""
+    return {
+        "tensors": ArrayRecord({f"t{i}": Array(array) for i, array in enumerate(arrays)})
+        if len(arrays) > 1
+        else ArrayRecord({"packed": Array(arrays[0])})
+    }
+
+
+def test_a_reply_cannot_name_its_own_tensors(toy_plan, reply):
+    arrays = list(arrays_of(toy_plan).values())
     with pytest.raises(
-        UpdateError, match=r"blocks.0.conv.weight has shape \(3,\), plan .* \(4, 3\)"
+        UpdateError, match=r"tensors hold \['t0', 't1', 't2'\], not one array named"
     ):
-        admit(reply(parts={"layout": ConfigRecord(layout)}), "pi-1", toy_plan)
+        admit(reply(parts=float32s(*arrays)), "pi-1", toy_plan)
+    for key in ("names", "shapes"):
+        header = ConfigRecord(dict(reply()["header"]) | {key: ["[3]"]})
+        with pytest.raises(UpdateError, match=f"unknown {key} in the header"):
+            admit(reply(parts={"header": header}), "pi-1", toy_plan)
+    with pytest.raises(UpdateError, match="unknown record more"):
+        admit(reply(parts={"more": ConfigRecord({"x": 1})}), "pi-1", toy_plan)
+
+
+def test_another_dtype_or_shape_of_the_bytes_is_refused(toy_plan, reply):
+    flat = np.concatenate([a.ravel() for a in arrays_of(toy_plan).values()])
+    with pytest.raises(UpdateError, match=r"packed is float32 of shape .*, not a row of uint8"):
+        admit(reply(parts=float32s(flat)), "pi-1", toy_plan)
+    with pytest.raises(UpdateError, match=r"packed is uint8 of shape \(2, 2\), not a row"):
+        admit(reply(parts=float32s(np.zeros((2, 2), np.uint8))), "pi-1", toy_plan)
+
+
+@pytest.mark.parametrize("missing", ["head.weight", WEIGHT])
+def test_a_tensor_too_few_a_tensor_too_many_or_one_that_would_broadcast_is_refused(
+    toy_plan, reply, missing
+):
+    def of_shapes(specs):
+        """A reply that claims the plan and whose bytes are those of other shapes."""
+        other = dataclasses.replace(toy_plan, specs=tuple(specs))
+        content = reply(other)
+        content["header"]["plan-digest"] = toy_plan.digest
+        return content
+
+    fewer = [spec for spec in toy_plan.specs if spec.name != missing]
+    more = [*toy_plan.specs, dataclasses.replace(toy_plan.specs[0], name="stem.weight")]
+    narrow = [
+        dataclasses.replace(spec, shape=(3,)) if spec.name == missing else spec
+        for spec in toy_plan.specs
+    ]
+    for specs in (fewer, more, narrow):
+        with pytest.raises(UpdateError, match="bytes"):
+            admit(of_shapes(specs), "pi-1", toy_plan)
+
+
+def test_a_reply_in_another_codec_than_the_runs_is_refused(toy_plan, reply):
+    with pytest.raises(UpdateError, match="codec float32, the run's codec-up is int8; run the"):
+        admit(reply(), "pi-1", toy_plan, codec="int8")
+
+
+def test_an_oversize_reply_is_refused_before_anything_else_is_read(toy_plan, reply):
+    content = reply(parts={"tensors": ArrayRecord({"x": Array(np.zeros(300_000, np.uint8))})})
+    gate = Gate(toy_plan, "int4", lambda client, token: pytest.fail("read on"))
+    with pytest.raises(UpdateError, match=r"reply has 3\d+ bytes, no honest one has more than \d+"):
+        gate.admit(content, "pi-1", content_bytes(content))
+
+
+def test_a_reply_with_a_thousand_metrics_is_refused(toy_plan, reply):
+    metrics = {f"m{i}": 1 for i in range(100)}
+    with pytest.raises(UpdateError, match="reply has 106 metrics, 64 at most are read"):
+        admit(reply(metrics=metrics), "pi-1", toy_plan)
+
+
+@pytest.fixture
+def guarded(toy_plan, reply):
+    """A gate with tokens, and a function of client and token to its answer."""
+    tokens = Tokens()
+    gate = Gate(toy_plan, "float32", tokens.spend)
+
+    def answer(client, token):
+        content = reply(parts={})
+        content["header"]["token"] = token
+        return gate.admit(content, client, content_bytes(content))
+
+    return tokens, answer
+
+
+def test_a_token_admits_one_reply_of_its_own_client(guarded):
+    tokens, answer = guarded
+    token = tokens.issue("pi-1", 3)
+    with pytest.raises(UpdateError, match="reply of pi-2 carries the token of pi-1; it is forged"):
+        answer("pi-2", token)
+    assert answer("pi-1", token).client == "pi-1"
+    with pytest.raises(UpdateError, match="its token of round 3, which is spent or over; it is a"):
+        answer("pi-1", token)
+
+
+def test_a_token_of_an_earlier_round_is_void(guarded):
+    tokens, answer = guarded
+    stale = tokens.issue("pi-1", 3)
+    fresh = tokens.issue("pi-1", 4)
+    with pytest.raises(UpdateError, match="its token of round 3, which is spent or over"):
+        answer("pi-1", stale)
+    answer("pi-1", fresh)
+
+
+@pytest.mark.parametrize(
+    ("token", "text"), [("", "carries no token"), ("ab" * 16, "carries an unknown token")]
+)
+def test_a_reply_without_its_token_is_refused(guarded, token, text):
+    tokens, answer = guarded
+    tokens.issue("pi-1", 1)
+    with pytest.raises(UpdateError, match=f"reply of pi-1 {text}; run the same version"):
+        answer("pi-1", token)
+
+
+def test_tokens_are_not_to_be_guessed_and_their_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("strategies.tokens._REMEMBERED", 10)
+    tokens = Tokens()
+    issued = {tokens.issue(f"pi-{i}", 1) for i in range(50)}
+    assert len(issued) == 50
+    assert all(len(token) == 32 for token in issued)
+    assert len(tokens._issued) == 10
 
 
 @pytest.mark.parametrize("count", [0, -9, 2.5, 12.0, MAX_EXAMPLES + 1, 2**62])
@@ -139,7 +267,7 @@ def test_a_metric_that_is_not_finite_is_refused(toy_plan, reply, key, value):
         {"tensors": MetricRecord({"packed": 1})},
         {"tensors": ArrayRecord({"packed": Array(np.zeros(4, np.float32))})},
         {"tensors": ArrayRecord({"packed": Array("uint8", (3,), "numpy.ndarray", b"\x80\x04")})},
-        {"layout": MetricRecord({"codec": 1})},
+        {"header": MetricRecord({"codec": 1})},
         {"metrics": ConfigRecord({"num-examples": 3})},
         {"metrics": MetricRecord({"loss": [1.0]})},
     ],
@@ -176,13 +304,13 @@ array_parts = st.builds(
 )
 records = st.one_of(
     st.dictionaries(st.sampled_from([*METRICS, "packed"]), numbers).map(MetricRecord),
-    st.dictionaries(st.sampled_from(["codec", "plan-digest", "names", "shapes"]), words).map(
+    st.dictionaries(st.sampled_from(["codec", "plan-digest", "token", "names"]), words).map(
         ConfigRecord
     ),
     st.dictionaries(st.sampled_from(["packed", "x"]), array_parts).map(ArrayRecord),
 )
 edits = {
-    "layout": st.dictionaries(st.sampled_from(["codec", "plan-digest", "names", "shapes"]), words),
+    "header": st.dictionaries(st.sampled_from(["codec", "plan-digest", "token", "names"]), words),
     "metrics": st.dictionaries(st.sampled_from(list(METRICS)), numbers),
 }
 
@@ -193,7 +321,7 @@ edits = {
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    replaced=st.dictionaries(st.sampled_from(["tensors", "layout", "metrics"]), records),
+    replaced=st.dictionaries(st.sampled_from(["tensors", "header", "metrics"]), records),
     edited=st.fixed_dictionaries({}, optional=edits),
     cut=st.integers(0, 300) | st.none(),
 )

@@ -39,7 +39,12 @@ def test_a_cohort_has_as_many_as_asked_for_each_once(count):
 
 @pytest.mark.parametrize("count", [0, 20, 99])
 def test_all_train_if_none_or_too_many_are_asked_for(count):
-    assert sample(NAMES[::-1], count, 0, 1) == NAMES
+    assert sorted(sample(NAMES[::-1], count, 0, 1)) == sorted(NAMES)
+
+
+def test_no_name_comes_first_more_often_than_another():
+    first = [sample(NAMES, 0, 0, r)[0] for r in range(2000)]
+    assert all(60 < first.count(name) < 140 for name in NAMES)  # 100 is expected
 
 
 def test_every_client_is_drawn_in_the_long_run():
