@@ -19,7 +19,7 @@ from fleet.plan import UpdatePlan
 from fleet.records import ClientReport, RoundReport
 from fleet.report import round_line
 from fleet.state import ClientUpdate, TrainableState
-from strategies.aggregation import Aggregate, Rule, weighted_mean
+from strategies.aggregation import MEAN, Aggregate, Rule
 from strategies.gate import admit, admit_evaluation
 from strategies.sampling import Roster, sample
 from strategies.server_opt import ServerOptimizer
@@ -51,7 +51,7 @@ class FleetStrategy(Strategy):
         config: FederationConfig,
         seed: int,
         optimizer: ServerOptimizer,
-        rule: Rule = weighted_mean,
+        rule: Rule = MEAN,
         evaluate: Callable[[TrainableState], Evaluation] | None = None,
         on_round: Callable[[RoundReport], None] = lambda report: None,
     ) -> None:
@@ -66,6 +66,7 @@ class FleetStrategy(Strategy):
         self._evaluate = evaluate
         self._on_round = on_round
         self._optimizer_state = optimizer.init(_parameters(initial))
+        self._rule_state = rule.init()
         self._begin_round()
 
     @property
@@ -103,7 +104,7 @@ class FleetStrategy(Strategy):
         updates = list(self._admit_all(replies))
         if updates:
             self._clients = tuple(map(_client_report, sorted(updates, key=lambda u: u.client)))
-            aggregate = self._rule(updates)
+            aggregate, self._rule_state = self._rule.aggregate(updates, self._rule_state)
             self._coverage = dict(aggregate.coverage)
             self._step(aggregate)
         return None, None
