@@ -2,9 +2,10 @@
 
 python -m simulations.benchmark_aggregation
 
-Every rule runs in a process of its own; what it read into memory, what it allocated and
-the Python interpreter itself are all in its peak. NumPy's own mean over one array of all
-replies stands beside the rules, at a size at which that array fits.
+Every rule runs in a process of its own. `grew` is the most that was resident beyond what
+was before the rule ran; `peak` is all of the process, PyTorch with it, which a server has
+loaded too. NumPy's own mean over one array of all replies stands beside the rules, at a
+size at which that array fits.
 """
 
 import json
@@ -21,6 +22,8 @@ from pathlib import Path
 import click
 import numpy as np
 
+from fleet.measure.comparison import commit
+from fleet.measure.resident import resident_growth
 from fleet.plan import TensorSpec, UpdatePlan
 from fleet.state import ClientUpdate
 from strategies.aggregation import rule
@@ -38,7 +41,7 @@ _RULES = (
     "geometric_median:2",
 )
 _FEW = 100  # centred clipping keeps every client's momentum in memory: 8 GB of 1,000
-_COLUMNS = ("rule", "replies", "floats each", "seconds", "CPU s", "peak, MiB")
+_COLUMNS = ("rule", "replies", "floats each", "seconds", "CPU s", "grew, MiB", "peak, MiB")
 
 
 class ReplyFile(Mapping[str, np.ndarray]):
@@ -78,9 +81,6 @@ def main(
     if one:
         print(json.dumps(measure(rules[0], folder, replies, shapes)))
         return
-    # Here, as it brings torch, which would be in the peak of what is measured.
-    from fleet.measure.comparison import commit
-
     print(
         f"One thread, numpy {np.__version__}, {_processor()}, commit {commit()}; "
         f"tensors of {min(map(np.prod, shapes.values()))} to "
@@ -95,9 +95,11 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         write_replies(Path(directory), replies, floats)
         for name, count in rows:
-            seconds, cpu, peak = _measure_apart(name, Path(directory), count, floats, tensors)
+            cost = _measure_apart(name, Path(directory), count, floats, tensors)
+            seconds, cpu, grew, peak = cost
             print(
-                f"| {name} | {count} | {floats} | {seconds:.2f} | {cpu:.2f} | {peak / _MIB:.0f} |",
+                f"| {name} | {count} | {floats} | {seconds:.2f} | {cpu:.2f} | "
+                f"{grew / _MIB:.0f} | {peak / _MIB:.0f} |",
                 flush=True,
             )
 
@@ -119,17 +121,20 @@ def write_replies(directory: Path, replies: int, floats: int) -> None:
 
 def measure(
     name: str, directory: Path, replies: int, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[float, float, int]:
-    """Wall and CPU seconds of one aggregation and the process's peak resident bytes."""
+) -> tuple[float, float, int, int]:
+    """Wall and CPU seconds of one aggregation, and resident bytes: by how much more, and in all."""
     updates = [_update(directory / f"{i:05}", shapes, 10 + i % 90) for i in range(replies)]
-    started, cpu = time.perf_counter(), time.process_time()
-    if name == "np.mean(np.stack)":
-        np.mean(np.stack([np.concatenate([u.delta[t] for t in shapes]) for u in updates]), axis=0)
-    else:
-        chosen = rule(name)
-        chosen.aggregate(updates, chosen.init())
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with resident_growth() as growth:
+        started, cpu = time.perf_counter(), time.process_time()
+        if name == "np.mean(np.stack)":
+            everything = np.stack([np.concatenate(list(u.delta.values())) for u in updates])
+            np.mean(everything, axis=0)
+        else:
+            chosen = rule(name)
+            chosen.aggregate(updates, chosen.init())
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, cpu, growth.bytes or 0, peak
 
 
 def _update(path: Path, shapes: Mapping[str, tuple[int, ...]], num_examples: int) -> ClientUpdate:
@@ -161,7 +166,7 @@ def _plan(shapes: Mapping[str, tuple[int, ...]]) -> UpdatePlan:
 
 def _measure_apart(
     name: str, directory: Path, replies: int, floats: int, tensors: int
-) -> tuple[float, float, int]:
+) -> tuple[float, float, int, int]:
     """`measure` in a fresh process."""
     words = [sys.executable, "-m", "simulations.benchmark_aggregation", "--one", "--rule", name]
     words += ["--replies", str(replies), "--floats", str(floats), "--tensors", str(tensors)]
