@@ -61,7 +61,7 @@ def trimmed_mean(fraction: float = 0.2) -> Rule:
 def _middle(block: np.ndarray, fraction: float) -> np.ndarray:
     """Mean of every column without `fraction` of its values on each side: (n, w) → (w,)."""
     n, width = block.shape
-    # 0.1·30 is a little above 3 in floating point, and must not count as 4.
+    # 0.28·25 is a little above 7 in floating point, and must not count as 8.
     cut = min(math.ceil(fraction * n - 1e-9), (n - 1) // 2)
     means = np.empty(width)
     for start in range(0, width, _LANES):

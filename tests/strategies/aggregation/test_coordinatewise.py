@@ -32,8 +32,8 @@ def test_median_over_unequal_plans_matches_the_oracle(unequal, seed):
     check(once(median(), updates).delta, reference.trimmed_mean(updates, lambda n: (n - 1) // 2))
 
 
-@pytest.mark.parametrize("fraction", ("0", "0.1", "0.2", "0.25", "0.3", "0.49"))
-@pytest.mark.parametrize("count", (1, 2, 3, 10, 11, 20, 30))
+@pytest.mark.parametrize("fraction", ("0", "0.1", "0.2", "0.28", "0.3", "0.49"))
+@pytest.mark.parametrize("count", (1, 2, 3, 10, 11, 25))
 def test_trimmed_mean_matches_the_oracle(unequal, fraction, count):
     blocks = [i % 6 for i in range(count)]  # of some tensors there is one copy, of others `count`
     updates = unequal(np.random.default_rng(count), blocks)
@@ -62,6 +62,19 @@ def test_what_is_kept_is_added_in_float64(toy_plan, random_update):
     ]
     mean = once(trimmed_mean(0.0), updates).delta["head.weight"]
     assert_allclose(mean, 1 + 2.0**-23 / 3, rtol=1e-16)
+
+
+def test_a_float64_copy_among_float32_ones_keeps_its_digits(toy_plan, random_update):
+    fine = 1 + 2.0**-40
+    values = (np.float32(0), np.float64(fine), np.float32(2))
+    updates = [
+        dataclasses.replace(
+            random_update(f"pi-{i}", toy_plan, np.random.default_rng(i)),
+            delta={"head.weight": np.full((2, 4), value)},
+        )
+        for i, value in enumerate(values)
+    ]
+    assert (once(median(), updates).delta["head.weight"] == fine).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
