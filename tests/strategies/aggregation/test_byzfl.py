@@ -9,38 +9,43 @@ from strategies.aggregation.coordinatewise import median, trimmed_mean
 from strategies.aggregation.geometric_median import geometric_median
 from strategies.aggregation.selection import krum, multi_krum
 
-byzfl = pytest.importorskip("byzfl", reason="byzfl is not installed; it comes with .[test]")
-
 SEEDS = range(10)
 N = 11
 
 # Krum there counts n − f − 1 neighbours, the paper n − f − 2: its f is one more for the same.
 PAIRS = {
-    "median": (lambda: byzfl.Median(), median),
-    "trimmed_mean": (lambda: byzfl.TrMean(f=3), lambda: trimmed_mean(3 / N)),
-    "krum": (lambda: byzfl.Krum(f=4), lambda: krum(3)),
-    "multi_krum": (lambda: byzfl.MultiKrum(f=4), lambda: multi_krum(3, selected=N - 4)),
+    "median": (lambda byzfl: byzfl.Median(), median),
+    "trimmed_mean": (lambda byzfl: byzfl.TrMean(f=3), lambda: trimmed_mean(3 / N)),
+    "krum": (lambda byzfl: byzfl.Krum(f=4), lambda: krum(3)),
+    "multi_krum": (lambda byzfl: byzfl.MultiKrum(f=4), lambda: multi_krum(3, selected=N - 4)),
     "three_weiszfeld_steps": (
-        lambda: byzfl.GeometricMedian(nu=0.1, T=3),
+        lambda byzfl: byzfl.GeometricMedian(nu=0.1, T=3),
         lambda: geometric_median(smoothing=0.1, iterations=3, tolerance=0.0),
     ),
     "geometric_median": (
-        lambda: byzfl.GeometricMedian(nu=1e-6, T=2000),
+        lambda byzfl: byzfl.GeometricMedian(nu=1e-6, T=2000),
         lambda: geometric_median(),
     ),
     "centred_clipping": (
-        lambda: byzfl.CenteredClipping(L=3, tau=2.0),
+        lambda byzfl: byzfl.CenteredClipping(L=3, tau=2.0),
         lambda: centred_clipping(2.0, momentum=0.0, iterations=3),
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def byzfl():
+    """Imported when a test runs: it brings a plotting library and takes seconds."""
+    return pytest.importorskip("byzfl", reason="byzfl is not installed; it comes with .[test]")
+
+
 @pytest.mark.parametrize("scale", (1.0, 1e-3))
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_two_rounds_come_out_as_byzfls(toy_plan, random_update, poisoned, seed, name, scale):
+def test_two_rounds_come_out_as_byzfls(byzfl, toy_plan, random_update, poisoned, seed, name, scale):
     rng = np.random.default_rng(seed)
-    theirs, own = (make() for make in PAIRS[name])
+    make_theirs, make_own = PAIRS[name]
+    theirs, own = make_theirs(byzfl), make_own()
     state = own.init()
     for _ in range(2):
         # Names of one length: ByzFL sums in the order of rows, ours in the order of names.
