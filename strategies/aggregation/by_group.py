@@ -51,10 +51,7 @@ class Group:
         """(n, n) inner products of the clients' vectors, accumulated in float64."""
         products = np.zeros((len(self.trainers),) * 2)
         for name in self.names:
-            for _, block in blocks(self.copies(name)):
-                for start in range(0, block.shape[1], _COLUMNS):
-                    part = block[:, start : start + _COLUMNS].astype(np.float64)
-                    products += part @ part.T
+            _add_products(products, self.copies(name))
         return products
 
 
@@ -105,6 +102,14 @@ def squared_distances(products: np.ndarray) -> np.ndarray:
     distances = squares[:, None] + squares[None, :] - 2 * products
     np.fill_diagonal(distances, 0.0)
     return np.maximum(distances, 0.0)
+
+
+def _add_products(products: np.ndarray, copies: Copies) -> None:
+    """Add one tensor's part; a function, so that its last block is gone before the next's."""
+    for _, block in blocks(copies):
+        for start in range(0, block.shape[1], _COLUMNS):
+            part = block[:, start : start + _COLUMNS].astype(np.float64)
+            products += part @ part.T
 
 
 def lower_median(values: np.ndarray) -> float:
