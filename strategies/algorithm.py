@@ -81,8 +81,11 @@ def parameters_of(state: TrainableState) -> dict[str, np.ndarray]:
     return {name: a for name, a in state.tensors.items() if not by_name[name].is_statistic}
 
 
-def algorithm(config: FederationConfig) -> Algorithm:
+def algorithm(config: FederationConfig, seed: int) -> Algorithm:
     """The algorithm of a run's settings.
+
+    Args:
+        seed: of rules that draw lots.
 
     Raises:
         ConfigError: for an unknown strategy or rule, or a value out of range.
@@ -94,7 +97,7 @@ def algorithm(config: FederationConfig) -> Algorithm:
         learning_rate=config.server_learning_rate,
         momentum=config.server_momentum,
     )
-    return compose(rule(config.rule, config.quorum), optimizer)
+    return compose(rule(config.rule, quorum=config.quorum, seed=seed), optimizer)
 
 
 def own_algorithm(where: str) -> Algorithm:

@@ -45,7 +45,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         FleetError: for a setting, data or weights that the user can mend.
     """
     federation = config.federation
-    chosen = algorithm(federation)
+    chosen = algorithm(federation, config.seed)
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
     online = roster.online(federation.min_clients)

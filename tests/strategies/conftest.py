@@ -68,6 +68,16 @@ def random_update():
     return build
 
 
+@pytest.fixture
+def unequal(toy_plan, random_update):
+    """Function of an rng → updates of unequal plans; by default of six clients."""
+
+    def build(rng, blocks=(1, 3, 5, 1, 0, 3)):  # one fits the head alone
+        return [random_update(f"pi-{i}", toy_plan.narrow(k), rng) for i, k in enumerate(blocks)]
+
+    return build
+
+
 @dataclass
 class _Grid:
     """All that `configure_train` asks of a grid: who is there."""

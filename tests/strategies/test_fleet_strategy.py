@@ -21,7 +21,7 @@ from fleet.message import (
     write_update,
 )
 from fleet.state import TrainableState
-from strategies.aggregation import stateless, weighted_mean
+from strategies.aggregation import MEAN, Aggregate, Rule
 from strategies.algorithm import compose
 from strategies.fleet_strategy import FleetStrategy
 from strategies.sampling import Roster
@@ -85,7 +85,7 @@ def run(scripted_grid, initial):
     Returns the strategy, which holds state and reports, and the messages sent and received.
     """
 
-    def run(clients, rounds=1, optimizer=None, evaluate=fixed_evaluation, **settings):
+    def run(clients, rounds=1, optimizer=None, evaluate=fixed_evaluation, rule=MEAN, **settings):
         received = []
 
         def node(name, answer):
@@ -107,7 +107,7 @@ def run(scripted_grid, initial):
             Roster(grid, timeout=1),
             config,
             0,
-            compose(stateless(weighted_mean), optimizer or sgd()),
+            compose(rule, optimizer or sgd()),
             evaluate=evaluate,
         )
         strategy.run(grid)
@@ -147,6 +147,16 @@ def test_unequal_plans_come_together_as_the_oracle_says(run, updates, initial, s
     assert strategy.state.tensors.keys() == expected.keys()
     for name, array in expected.items():
         assert_allclose(strategy.state.tensors[name], array, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rule_remembers_from_round_to_round(run, updates, initial):
+    def aggregate(updates, state):
+        step = np.full((2, 4), float(state["round"]))
+        return Aggregate({"head.weight": step}, {}, {}), {"round": state["round"] + 1}
+
+    strategy, _, _ = run(answers(updates()), rounds=3, rule=Rule(lambda: {"round": 1}, aggregate))
+    moved = strategy.state.tensors["head.weight"] - initial.tensors["head.weight"]
+    assert_allclose(moved, 1 + 2 + 3, rtol=1e-5)
 
 
 def test_what_nobody_trained_stays_bit_for_bit(run, updates, initial, toy_plan):

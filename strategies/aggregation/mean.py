@@ -1,0 +1,103 @@
+"""Means weighted by examples: federated averaging, and the same with clipped norms."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fleet.errors import ConfigError
+from fleet.state import ClientUpdate
+from strategies.aggregation.by_group import (
+    Group,
+    clip_factors,
+    combine_by_group,
+    groups_of,
+    lower_median,
+)
+from strategies.aggregation.by_tensor import combine_by_tensor
+from strategies.aggregation.coordinatewise import median_statistics
+from strategies.aggregation.copies import average, counts_of, in_order
+from strategies.aggregation.protocol import Aggregate, Rule, stateless
+
+
+def mean() -> Rule:
+    """`weighted_mean` as a rule."""
+    return stateless(weighted_mean)
+
+
+def weighted_mean(updates: Sequence[ClientUpdate]) -> Aggregate:
+    """Mean of every tensor over those who trained it, weighted by num_examples.
+
+    With equal plans this is federated averaging. Running statistics are pooled exactly.
+
+    Args:
+        updates: at most one per client, in any order: the result is the same bit for bit.
+
+    Raises:
+        UpdateError: as `combine_by_tensor`.
+
+    Source: McMahan et al., arXiv:1602.05629, algorithm 1, taken per tensor.
+    """
+    return combine_by_tensor(updates, average)
+
+
+MEAN = mean()
+
+
+def clipped_mean(bound: float | None = None) -> Rule:
+    """The weighted mean of deltas that are first shortened to a bound.
+
+    x ← x·min(1, bound/‖x‖). Without a bound it is the cohort's median norm, so a single
+    client moves the model no further than a typical one does; whom it points to is not
+    looked at. The statistics are the clients' medians.
+
+    **Whose median, under unequal plans.** A client that trains five blocks has a longer
+    delta than one that trains one, and is no more suspicious for it. So norms are only
+    compared over tensors that the same clients trained, and each such part of a client's
+    delta is clipped to the median norm of that part. To clip the whole delta by one
+    factor, to what a typical trainer of the same tensors would have, would let a client
+    hide: being huge in a part that few train, where it sets the median, would buy it room
+    in the parts that all share. With equal plans the two are the same. A bound that is
+    given is one on the whole delta, whichever tensors it has.
+
+    Weights are num_examples, which a client states itself: the gate's cap on them bounds
+    what a lie brings.
+
+    Args:
+        bound: most that ‖delta‖ may be; None takes the (lower) median.
+
+    Raises:
+        ConfigError: if the bound is not above 0 and finite.
+
+    Source: McMahan et al., arXiv:1710.06963 (flat clipping); Sun et al., arXiv:1911.07963
+    (against hostile clients); Andrew et al., arXiv:1905.03871 (the median as a bound).
+    """
+    if bound is not None and not 0 < bound < math.inf:
+        raise ConfigError(f"clipped_mean's bound must be above 0 and finite, got {bound}")
+
+    def aggregate(updates: Sequence[ClientUpdate]) -> Aggregate:
+        whole = {} if bound is None else _factors_of_whole(updates, bound)
+
+        def weigh(group: Group) -> np.ndarray:
+            counts = np.asarray(counts_of(group.trainers), dtype=np.float64)
+            if bound is None:
+                norms = group.norms()
+                factors = clip_factors(norms, lower_median(norms))
+            else:
+                factors = np.array([whole[update.client] for update in group.trainers])
+            return counts * factors / counts.sum()
+
+        return combine_by_group(updates, weigh, median_statistics)
+
+    return stateless(aggregate)
+
+
+def _factors_of_whole(updates: Sequence[ClientUpdate], bound: float) -> dict[str, float]:
+    """Client → what its whole delta is multiplied by."""
+    ordered = in_order(updates)
+    squares = {update.client: 0.0 for update in ordered}
+    for group in groups_of(ordered):
+        for update, norm in zip(group.trainers, group.norms(), strict=True):
+            squares[update.client] += norm**2
+    factors = clip_factors(np.sqrt(list(squares.values())), bound)
+    return dict(zip(squares, factors, strict=True))

@@ -1,0 +1,112 @@
+"""The norm-clipped mean against its formula, over equal and unequal plans."""
+
+import math
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from fleet.errors import ConfigError
+from strategies.aggregation import weighted_mean
+from strategies.aggregation.mean import clipped_mean
+from tests import reference
+
+SEEDS = range(10)
+
+
+def once(own, updates):
+    return own.aggregate(updates, own.init())[0]
+
+
+def lower_median(values):
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def clipped(updates, names, bounds):
+    """Σ n·x·min(1, bound/‖x‖) / Σ n over the named tensors end to end."""
+    total = sum(u.num_examples for u in updates)
+    vectors = [reference.vector(u, names) for u in updates]
+    weights = [
+        u.num_examples * min(1.0, bound / length)
+        for u, (length, bound) in zip(updates, bounds, strict=True)
+    ]
+    return [
+        math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total
+        for column in zip(*vectors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_part_is_clipped_to_the_median_of_who_trained_it(unequal, seed):
+    rng = np.random.default_rng(seed)
+    updates = unequal(rng, blocks=(1, 3, 5, 1, 0, 3, 5, 5, 3))
+    ours = once(clipped_mean(), updates).delta
+    by_client = {u.client: u for u in updates}
+    for clients, names in reference.groups(updates).items():
+        trainers = [by_client[client] for client in clients]
+        lengths = [reference.norm(reference.vector(u, names)) for u in trainers]
+        bounds = [(length, lower_median(lengths)) for length in lengths]
+        flat = np.concatenate([ours[name].ravel() for name in names])
+        assert_allclose(flat, clipped(trainers, names, bounds), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_with_equal_plans_whole_deltas_are_clipped_to_their_median_norm(
+    toy_plan, random_update, seed
+):
+    rng = np.random.default_rng(seed)
+    updates = [random_update(f"pi-{i}", toy_plan, rng) for i in range(7)]
+    names = sorted(updates[0].delta)
+    lengths = [np.linalg.norm(reference.vector(u, names)) for u in updates]
+    ours = once(clipped_mean(), updates).delta
+    flat = np.concatenate([ours[name].ravel() for name in names])
+    expected = clipped(updates, names, [(length, np.median(lengths)) for length in lengths])
+    assert_allclose(flat, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("bound", (0.1, 3.0, 6.0))
+def test_a_given_bound_is_on_the_whole_delta(unequal, bound):
+    updates = unequal(np.random.default_rng(0))
+    lengths = {u.client: reference.norm(reference.vector(u, u.delta)) for u in updates}
+    ours = once(clipped_mean(bound), updates).delta
+    for name, array in ours.items():
+        trainers = [u for u in updates if name in u.delta]
+        bounds = [(lengths[u.client], bound) for u in trainers]
+        expected = clipped(trainers, [name], bounds)
+        assert_allclose(array.ravel(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bound_above_all_norms_is_the_weighted_mean(unequal):
+    updates = unequal(np.random.default_rng(0))
+    ours, mean = once(clipped_mean(1e6), updates).delta, weighted_mean(updates).delta
+    for name, array in mean.items():
+        assert_allclose(ours[name], array, rtol=1e-12, atol=1e-15)
+
+
+def test_being_huge_where_few_train_buys_no_room_where_all_do(unequal, poisoned):
+    updates = unequal(np.random.default_rng(0), blocks=(1, 1, 1, 1, 5))
+    honest = once(clipped_mean(), updates).delta["head.weight"]
+    updates[4] = poisoned(updates[4], delta=1e6)
+    assert np.abs(once(clipped_mean(), updates).delta["head.weight"] - honest).max() < 2
+
+
+def test_of_two_trainers_the_shorter_sets_the_bound(unequal, poisoned):
+    updates = unequal(np.random.default_rng(0), blocks=(5, 5))
+    updates[0] = poisoned(updates[0], delta=1e6)
+    names = sorted(updates[1].delta)
+    length = reference.norm(reference.vector(updates[1], names))
+    ours = once(clipped_mean(), updates).delta
+    assert np.linalg.norm(np.concatenate([ours[n].ravel() for n in names])) <= length
+
+
+@pytest.mark.parametrize("bound", (0, -1.0, math.inf, math.nan))
+def test_a_bound_that_is_none_is_refused(bound):
+    with pytest.raises(ConfigError, match="clipped_mean's bound must be above 0 and finite, got"):
+        clipped_mean(bound)
+
+
+def test_clients_that_did_not_move_divide_by_no_zero(unequal, poisoned):
+    updates = [poisoned(u, delta=0.0) for u in unequal(np.random.default_rng(0))]
+    with np.errstate(all="raise"):
+        result = once(clipped_mean(), updates)
+    assert all(not array.any() for array in result.delta.values())
