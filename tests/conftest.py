@@ -1,4 +1,4 @@
-"""Features that runs cache go to a folder of the test session, not to the user's."""
+"""What runs cache and clients remember goes to folders of the test session, not to the user's."""
 
 import pytest
 
@@ -7,4 +7,11 @@ import pytest
 def feature_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEET_CACHE", str(tmp_path_factory.mktemp("features")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def client_memories(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEET_STATE", str(tmp_path_factory.mktemp("state")))
         yield
