@@ -3,12 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clients.device import device_metrics
 from clients.local_data import local_data, relabel
+from clients.memory import ClientMemory, state_directory
+from clients.personal import (
+    keep_gradients,
+    keep_norms,
+    load_norms,
+    objective,
+    pretrained_norms,
+)
 from fleet.backbones import Backbone, load_backbone
 from fleet.codec import Payload, decode, encode
 from fleet.config import LocalConfig, ModelConfig, RunConfig, Value, budget
@@ -25,8 +35,10 @@ from fleet.planner import (
     available_bytes,
     batch_sizes_between,
 )
-from fleet.state import TrainableState, capture, load
+from fleet.state import Arrays, TrainableState, capture, load
 from fleet.train import pick_device, train_locally
+
+SIMULATED_STATE = "clients"  # in the folder of the run
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,17 @@ class Client:
             return available_bytes(round(config.reserve_mib * MIB))
         return None if mib == "off" else round(mib * MIB)
 
+    def memory(self, run: str) -> ClientMemory:
+        """What this client remembers of a run; a simulated one does so in the run's folder.
+
+        Raises:
+            UpdateError: if the run's id is none.
+        """
+        setting = self.config.state_dir
+        if not setting and self.config.run_dir and "partition-id" in self.node_config:
+            setting = str(Path(self.config.run_dir) / SIMULATED_STATE)
+        return ClientMemory(state_directory(setting), run, self.name)
+
 
 def enrol(client: Client) -> Enrolment:
     """Say who this is and which classes its images have."""
@@ -90,13 +113,14 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    config = client.config
+    config, memory = client.config, client.memory(task.run)
     backbone, plan, state = _receive(client, task, payload)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
     cut = first_trained_step(backbone.steps, plan)
     round_seed = _round_seed(config.seed, task.server_round, client.name)
+    received = state.narrow(narrow).tensors
     result = train_locally(
         TransferModel(backbone, narrow, local.stash, cut),
         relabel(training, task.classes),
@@ -104,8 +128,8 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         local,
         seed=round_seed,
         features=config.features,
+        proximal=objective(config.federation, _parameters(received, narrow), plan, memory),
     )
-    received = state.narrow(narrow).tensors
     update = {
         name: trained if narrow.by_name[name].is_statistic else trained - received[name]
         for name, trained in capture(backbone.model, narrow).tensors.items()
@@ -118,6 +142,11 @@ def train_task(client: Client, task: Task, payload: Payload) -> tuple[Payload, d
         "seconds": result.seconds,
     }
     payload = encode(update, narrow, config.federation.codec_up, round_seed)
+    if narrow.local_specs:
+        keep_norms(backbone.model, narrow, plan, memory)
+    if config.federation.objective == "feddyn":
+        sent = _parameters(decode(payload, narrow), narrow)
+        keep_gradients(config.federation, sent, plan, memory)
     return payload, metrics | facts | device_metrics()
 
 
@@ -137,6 +166,11 @@ def evaluate_task(client: Client, task: Task, payload: Payload) -> Evaluation:
     )
 
 
+def _parameters(tensors: Arrays, plan: UpdatePlan) -> dict[str, np.ndarray]:
+    """What is no statistic."""
+    return {name: a for name, a in tensors.items() if not plan.by_name[name].is_statistic}
+
+
 def _within_budget(
     client: Client, backbone: Backbone, plan: UpdatePlan
 ) -> tuple[UpdatePlan, LocalConfig, dict[str, int]]:
@@ -151,14 +185,21 @@ def _within_budget(
     budget_bytes = client.budget_bytes()
     if budget_bytes is None:
         return own, local, {}
-    found = _afford(backbone, own, budget_bytes, local, first_trained_step(backbone.steps, plan))
+    cut = first_trained_step(backbone.steps, plan)
+    pulled = client.config.federation.objective != "plain"
+    found = _afford(backbone, own, budget_bytes, local, cut, pulled)
     facts = {"budget-bytes": budget_bytes, "planned-peak-bytes": found.peak_bytes}
     return found.plan, replace(local, stash=found.stash, batch_size=found.batch_size), facts
 
 
 @lru_cache(maxsize=64)  # a simulated fleet's devices have few different budgets
 def _afford(
-    backbone: Backbone, plan: UpdatePlan, budget_bytes: int, local: LocalConfig, cut: int
+    backbone: Backbone,
+    plan: UpdatePlan,
+    budget_bytes: int,
+    local: LocalConfig,
+    cut: int,
+    proximal: bool,
 ) -> Affordable:
     return afford(
         backbone,
@@ -167,6 +208,7 @@ def _afford(
         batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
         momentum=local.momentum,
         momentum_dtype=getattr(torch, local.momentum_dtype),
+        proximal=proximal,
         cut=cut,
     )
 
@@ -174,13 +216,13 @@ def _afford(
 def _receive(
     client: Client, task: Task, payload: Payload
 ) -> tuple[Backbone, UpdatePlan, TrainableState]:
-    """Own backbone with the server's state in it, after both sides' plans agreed."""
+    """Own backbone with the server's state and own norms in it, after both plans agreed."""
     config = client.config.model
     if "weights" in client.node_config:
         config = replace(config, weights=str(client.node_config["weights"]))
     asked = task.plan
     local = client.config.local
-    backbone = _backbone(
+    backbone, norms = _backbone(
         config, task.classes, client.config.seed, local.device, str(asked.get("digest"))
     )
     plan = make_plan(
@@ -188,19 +230,22 @@ def _receive(
         method=str(asked.get("method")),
         blocks=int(asked.get("blocks", 0)),
         train_tail=bool(asked.get("train_tail")),
+        local_norms=bool(asked.get("local_norms")),
     )
     plan.check_same(asked)
     state = TrainableState(plan, decode(payload, plan))
     load(backbone.model, state)
+    load_norms(backbone.model, plan, client.memory(task.run), norms)
     return backbone, plan, state
 
 
-# Whatever a client trains, the next task's state overwrites: one model serves all
-# clients of a process. Another plan may leave out what was trained: it gets a new one.
+# Whatever a client trains, the next task's state and norms overwrite: one model serves
+# all clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
 def _backbone(
     config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, plan_digest: str
-) -> Backbone:
+) -> tuple[Backbone, dict[str, np.ndarray]]:
+    """Backbone, and its norms as they were pretrained."""
     backbone = load_backbone(
         config.backbone,
         num_classes=len(classes),
@@ -210,7 +255,7 @@ def _backbone(
         seed=seed,
     )
     backbone.model.to(pick_device(device))
-    return backbone
+    return backbone, pretrained_norms(backbone.model)
 
 
 def _whole_number(key: str, value: Value) -> int:

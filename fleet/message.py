@@ -33,11 +33,13 @@ class Task:
         plan: summary of the server's widest plan.
         classes: names of the classes, in the order of the head's outputs.
         server_round: from 1 on.
+        run: hexadecimal id of the run, under which clients remember.
     """
 
     plan: Mapping[str, Any]
     classes: tuple[str, ...]
     server_round: int
+    run: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def write_task(task: Task, state: Payload) -> RecordDict:
         "plan": json.dumps(task.plan, sort_keys=True),
         "classes": list(task.classes),
         "server-round": task.server_round,
+        "run": task.run,
     }
     return RecordDict({"task": ConfigRecord(config), **_write_payload(state)})
 
@@ -80,6 +83,7 @@ def read_task(content: RecordDict) -> tuple[Task, Payload]:
             plan=plan,
             classes=tuple(config["classes"]),
             server_round=int(config["server-round"]),
+            run=str(config["run"]),
         )
     except _MALFORMED as error:
         raise UpdateError(

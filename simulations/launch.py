@@ -2,10 +2,12 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clients.local_data import local_data
+from clients.local_update import SIMULATED_STATE
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
@@ -60,6 +62,8 @@ def simulate(
 
         run_flower(final, config.federation.clients, on_poll=watch.poll)
     watch.poll()
+    if not config.state_dir:  # what clients remember is of use as long as the run goes on
+        shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
     return record
 
 

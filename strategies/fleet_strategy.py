@@ -37,6 +37,7 @@ class FleetStrategy(Strategy):
         roster: the clients.
         config: sizes and deadlines of rounds.
         seed: of the sampling.
+        run: hexadecimal id of this run, under which clients remember.
         optimizer: steps the parameters; statistics never go through it.
         rule: combines admitted updates.
         evaluate: evaluates a state on the server; None leaves it to the clients.
@@ -50,6 +51,7 @@ class FleetStrategy(Strategy):
         roster: Roster,
         config: FederationConfig,
         seed: int,
+        run: str,
         optimizer: ServerOptimizer,
         rule: Rule = weighted_mean,
         evaluate: Callable[[TrainableState], Evaluation] | None = None,
@@ -61,6 +63,7 @@ class FleetStrategy(Strategy):
         self._roster = roster
         self._config = config
         self._seed = seed
+        self._run = run
         self._optimizer = optimizer
         self._rule = rule
         self._evaluate = evaluate
@@ -142,7 +145,7 @@ class FleetStrategy(Strategy):
 
     def _send(self, server_round: int, nodes: Mapping[str, int], kind: str) -> list[Message]:
         """One content for all, so it is encoded and measured once."""
-        task = Task(self.plan.summary(), self._classes, server_round)
+        task = Task(self.plan.summary(), self._classes, server_round, self._run)
         content = write_task(task, encode(self.state.tensors, self.plan))
         self._asked = {name: Message(content, node, kind) for name, node in nodes.items()}
         self._bytes_down += len(nodes) * content_bytes(content)

@@ -27,7 +27,7 @@ def task():
     )
     plan = make_plan(backbone, method="mobiletl", blocks=1)
     state = encode(capture(backbone.model, plan).tensors, plan)
-    return plan, write_task(Task(plan.summary(), tuple("0123456789"), 1), state)
+    return plan, write_task(Task(plan.summary(), tuple("0123456789"), 1, "0f"), state)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def server(method="mobiletl", blocks=2, classes=CLASSES, **options):
     backbone = load_backbone("mobilenet_v3_small", **(sizes | options))
     plan = make_plan(backbone, method=method, blocks=blocks)
     state = capture(backbone.model, plan)
-    return backbone, plan, Task(plan.summary(), classes, 1), encode(state.tensors, plan)
+    return backbone, plan, Task(plan.summary(), classes, 1, "0f"), encode(state.tensors, plan)
 
 
 def test_a_client_is_named_by_its_configuration_its_partition_or_its_node():
@@ -109,7 +109,7 @@ def test_training_is_the_same_for_seed_round_and_name_and_no_other():
         return train_task(client(**options), task, payload)[0].data
 
     assert trained() == trained()
-    assert trained() != trained(Task(task.plan, task.classes, 2))
+    assert trained() != trained(Task(task.plan, task.classes, 2, task.run))
     assert trained() != trained(node=OWN | {"name": "another"})
 
 

@@ -29,9 +29,9 @@ def test_every_default_lands_under_its_own_name():
     for key, kind, _ in describe_settings():
         if kind is str:
             continue
-        needs = {"augmentation": "flip"} if key == "views" else {}
+        needs = {"views": {"augmentation": "flip"}, "local-norms": {"evaluation": "clients"}}
         value = probes[kind](default_settings()[key])
-        settings = default_settings() | needs | {key: value}
+        settings = default_settings() | needs.get(key, {}) | {key: value}
         assert read_config(settings).as_settings() == settings
 
 

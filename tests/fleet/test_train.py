@@ -18,6 +18,7 @@ from fleet.train import pick_device, train_locally
 CONFIG = dict(
     epochs=1,
     batch_size=8,
+    sampler="shuffled",
     learning_rate=0.05,
     schedule="constant",
     momentum=0.9,

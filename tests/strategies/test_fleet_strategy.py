@@ -97,6 +97,7 @@ def run(scripted_grid, initial):
             Roster(grid, timeout=1),
             config,
             0,
+            "00ff00ff00ff00ff",
             optimizer or sgd(),
             evaluate=evaluate,
         )
