@@ -4,16 +4,25 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clients.device import device_metrics
 from clients.feedback import encode_update
 from clients.local_data import local_data, relabel
 from clients.memory import ClientMemory, state_directory
+from clients.personal import (
+    keep_gradients,
+    keep_norms,
+    load_norms,
+    objective,
+    pretrained_norms,
+)
 from fleet.backbones import Backbone, load_backbone
-from fleet.codec import FULL_STATE, Download, Payload, follow, parse_codec
+from fleet.codec import FULL_STATE, Download, Payload, decode, follow, parse_codec
 from fleet.config import LocalConfig, ModelConfig, RunConfig, Value, budget
 from fleet.errors import ConfigError
 from fleet.evaluation import Evaluation, evaluate
@@ -28,8 +37,10 @@ from fleet.planner import (
     available_bytes,
     batch_sizes_between,
 )
-from fleet.state import TrainableState, capture, load
+from fleet.state import Arrays, TrainableState, capture, load
 from fleet.train import pick_device, train_locally
+
+SIMULATED_STATE = "clients"  # in the folder of the run
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,17 @@ class Client:
             return available_bytes(round(config.reserve_mib * MIB))
         return None if mib == "off" else round(mib * MIB)
 
+    def memory(self, run: str) -> ClientMemory:
+        """What this client remembers of a run; a simulated one does so in the run's folder.
+
+        Raises:
+            UpdateError: if the run's id is none.
+        """
+        setting = self.config.state_dir
+        if not setting and self.config.run_dir and "partition-id" in self.node_config:
+            setting = str(Path(self.config.run_dir) / SIMULATED_STATE)
+        return ClientMemory(state_directory(setting), run, self.name)
+
 
 def enrol(client: Client) -> Enrolment:
     """Say who this is and which classes its images have."""
@@ -97,13 +119,14 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    config = client.config
+    config, memory = client.config, client.memory(task.run)
     backbone, plan, state = _receive(client, task, download)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
     cut = first_trained_step(backbone.steps, plan)
     round_seed = _round_seed(config.seed, task.server_round, client.name)
+    received = state.narrow(narrow).tensors
     result = train_locally(
         TransferModel(backbone, narrow, local.stash, cut),
         relabel(training, task.classes),
@@ -111,8 +134,8 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
         local,
         seed=round_seed,
         features=config.features,
+        proximal=objective(config.federation, _parameters(received, narrow), plan, memory),
     )
-    received = state.narrow(narrow).tensors
     update = {
         name: trained if narrow.by_name[name].is_statistic else trained - received[name]
         for name, trained in capture(backbone.model, narrow).tensors.items()
@@ -130,10 +153,15 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
         plan,
         config.federation.codec_up,
         round_seed,
-        client.memory(task.run),
+        memory,
         task.server_round,
         task.acknowledged,
     )
+    if narrow.local_specs:
+        keep_norms(backbone.model, narrow, plan, memory)
+    if config.federation.objective == "feddyn":
+        sent = _parameters(decode(payload, narrow), narrow)
+        keep_gradients(config.federation, sent, plan, memory)
     return payload, metrics | facts | device_metrics()
 
 
@@ -153,6 +181,11 @@ def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     )
 
 
+def _parameters(tensors: Arrays, plan: UpdatePlan) -> dict[str, np.ndarray]:
+    """What is no statistic."""
+    return {name: a for name, a in tensors.items() if not plan.by_name[name].is_statistic}
+
+
 def _within_budget(
     client: Client, backbone: Backbone, plan: UpdatePlan
 ) -> tuple[UpdatePlan, LocalConfig, dict[str, int]]:
@@ -167,14 +200,21 @@ def _within_budget(
     budget_bytes = client.budget_bytes()
     if budget_bytes is None:
         return own, local, {}
-    found = _afford(backbone, own, budget_bytes, local, first_trained_step(backbone.steps, plan))
+    cut = first_trained_step(backbone.steps, plan)
+    pulled = client.config.federation.objective != "plain"
+    found = _afford(backbone, own, budget_bytes, local, cut, pulled)
     facts = {"budget-bytes": budget_bytes, "planned-peak-bytes": found.peak_bytes}
     return found.plan, replace(local, stash=found.stash, batch_size=found.batch_size), facts
 
 
 @lru_cache(maxsize=64)  # a simulated fleet's devices have few different budgets
 def _afford(
-    backbone: Backbone, plan: UpdatePlan, budget_bytes: int, local: LocalConfig, cut: int
+    backbone: Backbone,
+    plan: UpdatePlan,
+    budget_bytes: int,
+    local: LocalConfig,
+    cut: int,
+    proximal: bool,
 ) -> Affordable:
     return afford(
         backbone,
@@ -183,6 +223,7 @@ def _afford(
         batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
         momentum=local.momentum,
         momentum_dtype=getattr(torch, local.momentum_dtype),
+        proximal=proximal,
         cut=cut,
     )
 
@@ -190,22 +231,23 @@ def _afford(
 def _receive(
     client: Client, task: Task, download: Download
 ) -> tuple[Backbone, UpdatePlan, TrainableState]:
-    """Own backbone with the server's state in it, after both sides' plans agreed."""
+    """Own backbone with the server's state and own norms in it, after both plans agreed."""
     config = client.config.model
     if "weights" in client.node_config:
         config = replace(config, weights=str(client.node_config["weights"]))
-    backbone, plan, initial = _prepare(
+    own = _prepare(
         config,
         task.classes,
         client.config.seed,
         client.config.local.device,
         json.dumps(task.plan, sort_keys=True),
     )
-    memory = client.memory(task.run)
-    state = follow(download, plan, _held_states(memory, plan, initial))
+    backbone, plan, memory = own.backbone, own.plan, client.memory(task.run)
+    state = follow(download, plan, _held_states(memory, plan, own.initial))
     if parse_codec(client.config.federation.codec_down) != parse_codec(FULL_STATE):
         memory.write("version", state.tensors, {"plan": plan.digest})
     load(backbone.model, state)
+    load_norms(backbone.model, plan, memory, own.norms)
     return backbone, plan, state
 
 
@@ -219,13 +261,23 @@ def _held_states(
     yield initial
 
 
-# Whatever a client trains, the next task's state overwrites: one model serves all
-# clients of a process. Another plan may leave out what was trained: it gets a new one.
+@dataclass(frozen=True)
+class _Prepared:
+    """A client's model before any training, and what the server wants of it."""
+
+    backbone: Backbone
+    plan: UpdatePlan
+    initial: TrainableState
+    norms: dict[str, np.ndarray]
+
+
+# Whatever a client trains, the next task's state and norms overwrite: one model serves
+# all clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
 def _prepare(
     config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, asked: str
-) -> tuple[Backbone, UpdatePlan, TrainableState]:
-    """The client's backbone, the server's plan of it, and its state before any training.
+) -> _Prepared:
+    """Load the backbone and derive the server's plan of it.
 
     Args:
         asked: summary of the server's plan, as JSON.
@@ -247,11 +299,12 @@ def _prepare(
         method=str(summary.get("method")),
         blocks=int(summary.get("blocks", 0)),
         train_tail=bool(summary.get("train_tail")),
+        local_norms=bool(summary.get("local_norms")),
     )
     plan.check_same(summary)
     initial = capture(backbone.model, plan)
     backbone.model.to(pick_device(device))
-    return backbone, plan, initial
+    return _Prepared(backbone, plan, initial, pretrained_norms(backbone.model))
 
 
 def _whole_number(key: str, value: Value) -> int:

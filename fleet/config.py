@@ -25,7 +25,9 @@ CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
 SCHEDULES = ("constant", "cosine")
-STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "feddyn")
+OBJECTIVES = ("plain", "fedprox", "feddyn")
+SAMPLERS = ("shuffled", "balanced")
 
 
 def setting(key: str, help: str) -> Any:
@@ -79,6 +81,9 @@ class PlanConfig:
     method: str = setting("method", f"what trains: {', '.join(METHODS)}")
     blocks: str = setting("blocks", "top blocks to train; several (1,3,5) are dealt out in turn")
     train_tail: bool = setting("train-tail", "train what lies between last block and head too")
+    local_norms: bool = setting(
+        "local-norms", "shifts, scales and statistics of norms train, but stay on their device"
+    )
 
     def __post_init__(self) -> None:
         _check_one_of("method", self.method, METHODS)
@@ -153,6 +158,11 @@ class LocalConfig:
 
     epochs: int = setting("local-epochs", "passes over a client's images a round")
     batch_size: int = setting("batch-size", "examples a step")
+    sampler: str = setting(
+        "sampler",
+        f"of an epoch's images: {', '.join(SAMPLERS)} (as many, with replacement, every class of "
+        f"the client's equally likely)",
+    )
     learning_rate: float = setting("learning-rate", "of the clients' SGD")
     schedule: str = setting(
         "schedule",
@@ -173,6 +183,7 @@ class LocalConfig:
             raise ConfigError(
                 f"weight-decay must be at least 0 and finite, got {self.weight_decay}"
             )
+        _check_one_of("sampler", self.sampler, SAMPLERS)
         _check_one_of("stash", self.stash, STASHES)
         _check_one_of("schedule", self.schedule, SCHEDULES)
         _check_one_of("momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
@@ -238,6 +249,13 @@ class FederationConfig:
         "server-learning-rate", "of the server optimiser; 0: its own default"
     )
     server_momentum: float = setting("server-momentum", "of fedavgm")
+    objective: str = setting(
+        "objective",
+        f"what clients minimise: {', '.join(OBJECTIVES)} (which needs strategy feddyn)",
+    )
+    objective_strength: float = setting(
+        "objective-strength", "weight of the proximal term of fedprox and feddyn"
+    )
     evaluation: str = setting(
         "evaluation", "server: on held-out images there; clients: on their validation images"
     )
@@ -252,6 +270,16 @@ class FederationConfig:
             parse_codec(codec)
         if ":" not in self.strategy:  # package.module:name
             _check_one_of("strategy", self.strategy, STRATEGIES)
+        _check_one_of("objective", self.objective, OBJECTIVES)
+        if (self.objective == "feddyn") != (self.strategy == "feddyn"):
+            raise ConfigError(
+                f"objective is {self.objective} and strategy is {self.strategy}; feddyn is both "
+                f"or neither, as either half alone leads elsewhere"
+            )
+        if not 0 < self.objective_strength < math.inf:
+            raise ConfigError(
+                f"objective-strength must be above 0 and finite, got {self.objective_strength}"
+            )
         if not 0 <= self.server_learning_rate < math.inf:
             raise ConfigError(
                 f"server-learning-rate must be at least 0 and finite, "
@@ -277,12 +305,35 @@ class RunConfig:
     run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")
     state_dir: str = setting(
         "state-dir",
-        "clients' memory of a run; empty: $FLEET_STATE or ~/.local/state/fleet",
+        "where a client remembers a run between rounds; empty: $FLEET_STATE or "
+        "~/.local/state/fleet, in a simulation the run's own folder",
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), got {self.seed}")
+        self._check_local_norms()
+        self._check_pull()
+
+    def _check_local_norms(self) -> None:
+        """A server that evaluated would do so with norms that no client trains with."""
+        if self.plan.local_norms and self.federation.evaluation != "clients":
+            raise ConfigError(
+                f"local-norms is on and evaluation is {self.federation.evaluation}, which has "
+                f"none of the devices' norms; set evaluation to clients, or local-norms to false"
+            )
+
+    def _check_pull(self) -> None:
+        """On a term of curvature μ, SGD with momentum β diverges from a step of 2·(1 + β)/μ on."""
+        if self.federation.objective == "plain":
+            return
+        rate, strength = self.local.learning_rate, self.federation.objective_strength
+        limit = 2 * (1 + self.local.momentum)
+        if rate * strength >= limit:
+            raise ConfigError(
+                f"learning-rate {rate:g} times objective-strength {strength:g} is "
+                f"{rate * strength:.4g}, and training diverges from {limit:g} on; lower either"
+            )
 
     def as_settings(self) -> dict[str, Value]:
         """Key → value, as the run configuration names them."""

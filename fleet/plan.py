@@ -33,6 +33,7 @@ STASHES: tuple[str, ...] = get_args(Stash)
 
 Role = Literal["weight", "bias", "shift", "scale", "mean", "var"]
 STATISTICS: tuple[Role, ...] = ("mean", "var")  # pooled over clients, never stepped
+NORM_ROLES: tuple[Role, ...] = ("shift", "scale", *STATISTICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,9 @@ class UpdatePlan:
         method: one of `METHODS`.
         blocks: k, how many inverted-residual blocks train, counted from the top.
         train_tail: whether what lies between the last block and the head trains.
-        specs: the tensors, in the order of the model's state_dict.
+        specs: the tensors that travel, in the order of the model's state_dict.
+        local_norms: whether norms train and stay on the device.
+        local_specs: of these, the tensors that train; they are not in `specs`.
     """
 
     backbone: str
@@ -82,6 +85,8 @@ class UpdatePlan:
     blocks: int
     train_tail: bool
     specs: tuple[TensorSpec, ...]
+    local_norms: bool = False
+    local_specs: tuple[TensorSpec, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -93,18 +98,24 @@ class UpdatePlan:
 
     @cached_property
     def by_name(self) -> dict[str, TensorSpec]:
-        """Tensor name → spec."""
+        """Tensor name → spec, of what travels."""
         return {spec.name: spec for spec in self.specs}
+
+    @cached_property
+    def trained(self) -> dict[str, TensorSpec]:
+        """Tensor name → spec, of all that trains, whether it travels or not."""
+        return self.by_name | {spec.name: spec for spec in self.local_specs}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in float32, without any header."""
+        """Bytes of all tensors that travel in float32, without any header."""
         return sum(spec.nbytes for spec in self.specs)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON values; what `digest` is taken over."""
         plan = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plan["specs"] = [dataclasses.asdict(spec) for spec in self.specs]
+        for field in _DERIVED:
+            plan[field] = [dataclasses.asdict(spec) for spec in getattr(self, field)]
         # Through JSON and back, so that it equals a plan that travelled.
         return json.loads(json.dumps(plan, default=dict))
 
@@ -123,8 +134,11 @@ class UpdatePlan:
                 f"a sub-plan of {blocks} blocks is outside the plan's 0 to {self.blocks}; "
                 f"raise the run's blocks or lower the device's"
             )
-        specs = tuple(spec for spec in self.specs if spec.depth <= blocks)
-        return dataclasses.replace(self, blocks=blocks, specs=specs)
+        specs = {
+            field: tuple(spec for spec in getattr(self, field) if spec.depth <= blocks)
+            for field in _DERIVED
+        }
+        return dataclasses.replace(self, blocks=blocks, **specs)
 
     @cached_property
     def sub_plans(self) -> dict[str, "UpdatePlan"]:
@@ -150,12 +164,21 @@ class UpdatePlan:
     def summary(self) -> dict[str, Any]:
         """The plan without its specs, which each side derives: what travels."""
         plan = self.as_dict()
-        del plan["specs"]
+        for field in _DERIVED:
+            del plan[field]
         return plan | {"digest": self.digest}
 
 
+_DERIVED = ("specs", "local_specs")  # fields that each side makes from its own backbone
+
+
 def make_plan(
-    backbone: "Backbone", *, method: str, blocks: int = 0, train_tail: bool = False
+    backbone: "Backbone",
+    *,
+    method: str,
+    blocks: int = 0,
+    train_tail: bool = False,
+    local_norms: bool = False,
 ) -> UpdatePlan:
     """What a method trains of a backbone.
 
@@ -167,6 +190,7 @@ def make_plan(
             Every method trains the head.
         blocks: k, counted from the top; `head` and `full` have no use for it.
         train_tail: train what lies between the last block and the head too.
+        local_norms: norms train, but stay on the device.
 
     Raises:
         PlanError: for an unknown method, or more blocks than there are.
@@ -187,6 +211,7 @@ def make_plan(
             step.name, step.module, _method_of(step, backbone, method), depths[step.name]
         )
     ]
+    specs.sort(key=lambda spec: order[spec.name])
     return UpdatePlan(
         backbone=backbone.name,
         preprocessing=dataclasses.asdict(backbone.preprocessing),
@@ -195,7 +220,9 @@ def make_plan(
         method=method,
         blocks=blocks,
         train_tail=train_tail or method == "full",
-        specs=tuple(sorted(specs, key=lambda spec: order[spec.name])),
+        specs=tuple(spec for spec in specs if not (local_norms and spec.role in NORM_ROLES)),
+        local_norms=local_norms,
+        local_specs=tuple(spec for spec in specs if local_norms and spec.role in NORM_ROLES),
     )
 
 
@@ -264,7 +291,7 @@ def _method_trains(method: str, role: Role, is_last: bool) -> bool:
 
 def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     lines = []
-    for field in ("backbone", "method", "blocks", "train_tail"):
+    for field in ("backbone", "method", "blocks", "train_tail", "local_norms"):
         if mine[field] != other.get(field):
             lines.append(f"{field} is {mine[field]} here, {other.get(field)} in the plan")
     for field, noun in (("preprocessing", ""), ("step_digests", "weights of ")):

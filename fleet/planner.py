@@ -70,6 +70,7 @@ def afford(
     stashes: tuple[str, ...] = STASHES_BY_EXACTNESS,
     momentum: float = 0.9,
     momentum_dtype: torch.dtype = torch.float32,
+    proximal: bool = False,
     cut: int | None = None,
 ) -> Affordable:
     """The largest sub-plan of `widest` whose training fits into a budget.
@@ -83,6 +84,7 @@ def afford(
         stashes: to choose from, the most wanted first; of `mobiletl` only.
         momentum: of the optimiser; 0 keeps no buffers.
         momentum_dtype: of its buffers.
+        proximal: the objective has a proximal term, on what travels.
         cut: step at which features are cut, as `TransferModel` takes it.
 
     Raises:
@@ -102,6 +104,7 @@ def afford(
                 cached=cached,
                 momentum=momentum,
                 momentum_dtype=momentum_dtype,
+                proximal=proximal,
                 cut=cut,
             )
         except ValueError as error:  # of batch norm: one value a channel has no variance

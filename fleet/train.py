@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from fleet.backbones import Preprocessing
 from fleet.config import FeatureConfig, LocalConfig
-from fleet.data import ImageData, batch_positions
+from fleet.data import ImageData, batch_positions, visiting_order
 from fleet.errors import ConfigError, UpdateError
 from fleet.features import FeatureSource
 from fleet.heap import trim
 from fleet.measure import allocator_peak
 from fleet.mobiletl import TransferModel
+from fleet.objective import Proximal
 from fleet.optim import SGD
 
 
@@ -30,7 +32,8 @@ class LocalResult:
         num_examples: images in one epoch.
         loss: mean cross-entropy over all epochs, in nats.
         peak_bytes: most that PyTorch allocated at once beyond the loaded model,
-            in the second step, the first in which momentum is there.
+            in the second step, the first in which momentum is there; the
+            targets of a proximal term are among it.
         seconds: wall time.
     """
 
@@ -48,6 +51,7 @@ def train_locally(
     seed: int | Sequence[int],
     features: FeatureConfig | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    proximal: Proximal | None = None,
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
@@ -59,6 +63,8 @@ def train_locally(
         seed: of the order of the images and their views, and of what dropout drops.
         features: cache and augmentation; None: neither.
         on_epoch: is given each epoch's number, from 0 on, and its mean loss.
+        proximal: a term of the objective beside the loss; the loss that is
+            reported is without it.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
@@ -76,6 +82,7 @@ def train_locally(
         config.momentum,
         config.weight_decay,
         getattr(torch, config.momentum_dtype),
+        **_proximal_term(model, proximal),
     )
     source = FeatureSource(model, data, preprocessing, features)
     views = features.views if features else 1
@@ -112,10 +119,10 @@ def train_locally(
     # Whatever the caller has turned off, gradients are needed here.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        batches = _epochs(source, len(data), views, config, seed, end_epoch)
+        batches = _epochs(source, data.labels, views, config, seed, end_epoch)
         if steps > 1:
             train_on(islice(batches, 1))
-        momentum = optimizer.nbytes
+        held = optimizer.nbytes
         # One step: following the allocator takes a few hundred bytes for every operation.
         with allocator_peak(next(model.parameters()).device) as peak:
             train_on(islice(batches, 1))
@@ -124,9 +131,22 @@ def train_locally(
     return LocalResult(
         num_examples=len(data),
         loss=sum(losses) / (len(data) * config.epochs),
-        peak_bytes=momentum + peak.bytes,
+        peak_bytes=held + peak.bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _proximal_term(model: TransferModel, proximal: Proximal | None) -> dict[str, Any]:
+    """The term as the optimiser takes it; targets are its own copies, on the model's device."""
+    if proximal is None:
+        return {}
+    targets = [
+        torch.tensor(proximal.targets[name], device=parameter.device)
+        if name in proximal.targets
+        else None
+        for name, parameter in model.trainable_by_name().items()
+    ]
+    return {"proximal": proximal.strength, "targets": targets}
 
 
 def take_step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor) -> float:
@@ -154,7 +174,7 @@ def cosine(done: float) -> float:
 
 def _epochs(
     source: FeatureSource,
-    length: int,
+    labels: np.ndarray,
     views: int,
     config: LocalConfig,
     seed: int | Sequence[int],
@@ -163,8 +183,8 @@ def _epochs(
     """Batches of all epochs, each in an order and with views of its own."""
     rng = np.random.default_rng(seed)
     for epoch in range(config.epochs):
-        order = rng.permutation(length)
-        drawn = rng.integers(views, size=length) if views > 1 else None
+        order = visiting_order(labels, config.sampler, rng)
+        drawn = rng.integers(views, size=len(labels)) if views > 1 else None
         yield from source.batches(config.batch_size, order, drawn)
         on_epoch(epoch)
 

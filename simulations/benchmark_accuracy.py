@@ -151,6 +151,7 @@ class Bench:
         config = LocalConfig(
             epochs=EPOCHS,
             batch_size=BATCH_SIZE,
+            sampler="shuffled",
             learning_rate=rate,
             schedule="cosine",
             momentum=0.9,

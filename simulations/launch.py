@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clients.local_data import local_data
+from clients.local_update import SIMULATED_STATE
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
@@ -45,8 +46,6 @@ def simulate(
     _check_fleet(config)
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
-    own_memory = record.path / "clients" if not config.state_dir else None
-    final["state-dir"] = config.state_dir or str(own_memory)
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
@@ -63,8 +62,8 @@ def simulate(
 
         run_flower(final, config.federation.clients, on_poll=watch.poll)
     watch.poll()
-    if own_memory:
-        shutil.rmtree(own_memory, ignore_errors=True)
+    if not config.state_dir:  # what clients remember is of use as long as the run goes on
+        shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
     return record
 
 

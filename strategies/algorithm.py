@@ -81,11 +81,12 @@ def parameters_of(state: TrainableState) -> dict[str, np.ndarray]:
     return {name: a for name, a in state.tensors.items() if not by_name[name].is_statistic}
 
 
-def algorithm(config: FederationConfig, seed: int) -> Algorithm:
+def algorithm(config: FederationConfig, seed: int, participation: float = 1.0) -> Algorithm:
     """The algorithm of a run's settings.
 
     Args:
         seed: of rules that draw lots.
+        participation: share of the fleet that a cohort is; FedDyn needs it.
 
     Raises:
         ConfigError: for an unknown strategy or rule, or a value out of range.
@@ -96,6 +97,7 @@ def algorithm(config: FederationConfig, seed: int) -> Algorithm:
         config.strategy,
         learning_rate=config.server_learning_rate,
         momentum=config.server_momentum,
+        participation=participation,
     )
     return compose(rule(config.rule, quorum=config.quorum, seed=seed), optimizer)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from logging import ERROR, INFO, WARNING
@@ -45,10 +46,11 @@ def run(grid: Grid, config: RunConfig) -> None:
         FleetError: for a setting, data or weights that the user can mend.
     """
     federation = config.federation
-    chosen = algorithm(federation, config.seed)
+    algorithm(federation, config.seed)  # what is wrong is told before anybody is waited for
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
     online = roster.online(federation.min_clients)
+    participation = min(1.0, (federation.sampled or len(online)) / len(online))
     classes = test.classes if test else roster.classes()
     backbone = _backbone(config, classes)
     plan = make_plan(
@@ -56,6 +58,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         method=config.plan.method,
         blocks=max(config.plan.choices),
         train_tail=config.plan.train_tail,
+        local_norms=config.plan.local_norms,
     )
     model = TransferModel(backbone, plan)
     record = RunRecord.create(config.run_dir, config.as_settings() | {"clients": len(online)})
@@ -82,9 +85,10 @@ def run(grid: Grid, config: RunConfig) -> None:
         roster,
         federation,
         config.seed,
-        chosen,
+        algorithm(federation, config.seed, participation),
         evaluate=evaluate_state if test else None,
         on_round=end_round,
+        run=secrets.token_hex(8),
     )
     strategy.run(grid)
     _check_trained(strategy.reports)

@@ -43,16 +43,20 @@ class ServerOptimizer:
     update: Callable[[Arrays, OptState, Arrays], tuple[Arrays, OptState]]
 
 
-def server_optimizer(name: str, *, learning_rate: float = 0.0, momentum: float) -> ServerOptimizer:
+def server_optimizer(
+    name: str, *, learning_rate: float = 0.0, momentum: float, participation: float = 1.0
+) -> ServerOptimizer:
     """The optimiser of a run's settings.
 
     Args:
         name: one of `SERVER_OPTIMIZERS`.
         learning_rate: 0 means the optimiser's own default.
         momentum: FedAvgM's; the others have none or keep Flower's beta_1.
+        participation: share of the fleet's clients that train in a round; FedDyn's.
 
     Raises:
-        ConfigError: if the name is unknown or a value is out of range.
+        ConfigError: if the name is unknown, a value is out of range, or FedDyn
+            is given a learning rate.
     """
     if name not in SERVER_OPTIMIZERS:
         raise ConfigError(
@@ -61,6 +65,13 @@ def server_optimizer(name: str, *, learning_rate: float = 0.0, momentum: float) 
     settings = {} if learning_rate == 0 else {"learning_rate": learning_rate}
     if name == "fedavgm":
         settings["momentum"] = momentum
+    if name == "feddyn":
+        if settings:
+            raise ConfigError(
+                f"feddyn has no learning rate, and server-learning-rate is {learning_rate:g}; "
+                f"set it to 0"
+            )
+        settings["participation"] = participation
     return SERVER_OPTIMIZERS[name](**settings)
 
 
@@ -172,12 +183,44 @@ def adagrad(learning_rate: float = 0.1, tau: float = 1e-3) -> ServerOptimizer:
     return _by_tensor(init, step)
 
 
+def feddyn(participation: float = 1.0) -> ServerOptimizer:
+    """FedDyn's server, for clients that train with `fleet.objective.feddyn`.
+
+    g ← g + participation·d; p ← p + d + g.
+
+    The paper keeps h ← h − α·(1/m)·Σ (θ_k − θ) over the cohort P out of m clients
+    and sets θ ← (1/|P|)·Σ θ_k − h/α. With d the cohort's mean delta and g = −h/α
+    that is the above, free of α, and participation is |P|/m. The paper's mean is
+    plain; weighted by num_examples it finds the minimum of the loss over all
+    images, if cohorts hold about as many as their share of clients.
+
+    Clients add up what they send, so g misses a reply that is lost or refused
+    for good, and is off by it/m: FedDyn is for fleets that answer.
+
+    Of a tensor that only some clients train, the minimum is theirs.
+
+    Source: Acar et al., arXiv:2111.04263, algorithm 1.
+    """
+    if not 0 < participation <= 1:
+        raise ConfigError(f"participation must be above 0 and at most 1, got {participation}")
+
+    def init(p: np.ndarray) -> TensorState:
+        return {"drift": _zeros(p)}
+
+    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
+        drift = state["drift"] + participation * d
+        return d + drift, {"drift": drift}
+
+    return _by_tensor(init, step)
+
+
 SERVER_OPTIMIZERS: Mapping[str, Callable[..., ServerOptimizer]] = {
     "fedavg": sgd,
     "fedavgm": sgd,
     "fedadam": adam,
     "fedyogi": yogi,
     "fedadagrad": adagrad,
+    "feddyn": feddyn,
 }
 
 InitTensor = Callable[[np.ndarray], TensorState]

@@ -104,3 +104,21 @@ def centred_clipping(rounds, radius, momentum):
         centre = [v + mean for v, mean in zip(centre, means, strict=True)]
         aggregates.append(centre)
     return aggregates
+
+
+def feddyn(hessians, minima, alpha, cohorts):
+    """FedDyn as the paper writes it, on losses (θ − c)ᵀA(θ − c)/2 that clients minimise exactly.
+
+    Yields θ after every round. Acar et al., arXiv:2111.04263, algorithm 1.
+    """
+    m, size = len(hessians), len(minima[0])
+    theta, server, own = np.zeros(size), np.zeros(size), [np.zeros(size) for _ in hessians]
+    for cohort in cohorts:
+        ends = {}
+        for k in cohort:  # argmin L(θ_k) − ⟨own, θ_k⟩ + α/2·‖θ_k − θ‖²
+            left = hessians[k] + alpha * np.eye(size)
+            ends[k] = np.linalg.solve(left, hessians[k] @ minima[k] + own[k] + alpha * theta)
+            own[k] = own[k] - alpha * (ends[k] - theta)
+        server = server - alpha / m * sum(end - theta for end in ends.values())
+        theta = sum(ends.values()) / len(ends) - server / alpha
+        yield theta

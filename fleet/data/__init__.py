@@ -1,7 +1,7 @@
 """Labelled images: where they come from, how they are split, how they reach a model."""
 
 from fleet.data.augment import view_of
-from fleet.data.batches import ImageBatches, batch_positions, to_tensor
+from fleet.data.batches import ImageBatches, batch_positions, to_tensor, visiting_order
 from fleet.data.datasets import of_dataset
 from fleet.data.images import ImageData
 from fleet.data.partitions import partition
@@ -19,4 +19,5 @@ __all__ = [
     "split_validation",
     "to_tensor",
     "view_of",
+    "visiting_order",
 ]

@@ -109,3 +109,24 @@ def batch_positions(
     if batch_size > 1:
         batches = min(batches, max(1, len(order) // 2))
     return np.array_split(order, batches)
+
+
+def visiting_order(labels: np.ndarray, sampler: str, rng: np.random.Generator) -> np.ndarray:
+    """In which order an epoch visits the examples.
+
+    Args:
+        labels: (N,) of all examples.
+        sampler: `shuffled` visits each once; `balanced` draws N with
+            replacement, so that each class there is comes up equally likely,
+            and so does each example of a class.
+        rng: what is drawn from.
+
+    Returns:
+        (N,) int64 positions.
+    """
+    if sampler == "shuffled":
+        return rng.permutation(len(labels))
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    classes = rng.integers(len(counts), size=len(labels))
+    return by_class[starts[classes] + rng.integers(counts[classes])]

@@ -60,6 +60,7 @@ def dry_run(
     cached: bool = False,
     momentum: float = 0.9,
     momentum_dtype: torch.dtype = torch.float32,
+    proximal: bool = False,
     cut: int | None = None,
 ) -> StepCost:
     """Predict any but the first training step of a plan on the CPU; nothing trains.
@@ -77,19 +78,25 @@ def dry_run(
             a time.
         momentum: of the optimiser; 0 keeps no buffers.
         momentum_dtype: of its buffers.
+        proximal: the objective has a proximal term, on what travels.
         cut: as `TransferModel` takes it.
     """
     twin = weightless(backbone)
     model = TransferModel(twin, plan, stash, cut)
-    optimizer = SGD(
-        model.trainable_parameters(), 1.0, momentum=momentum, momentum_dtype=momentum_dtype
-    )
     cached = cached and model.freezes_blocks
     with _Ledger([]):  # one that nobody asks
         like = _run_images(model, 1) if cached else None
     labels = torch.empty(batch_size, dtype=torch.long, device="meta")
     there = [labels, *twin.model.parameters(), *twin.model.buffers()]
     with _Ledger(there) as ledger:
+        optimizer = SGD(
+            model.trainable_parameters(),
+            1.0,
+            momentum=momentum,
+            momentum_dtype=momentum_dtype,
+            proximal=float(proximal),
+            targets=_targets(model) if proximal else (),
+        )
         for parameter in optimizer.parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes the buffers
@@ -113,6 +120,13 @@ def dry_run(
         flops_forward=flops_forward,
         flops_backward=flops_backward,
     )
+
+
+def _targets(model: TransferModel) -> list[Tensor | None]:
+    """Room for what a proximal term keeps beside the parameters."""
+    travels = model.plan.by_name
+    named = model.trainable_by_name().items()
+    return [torch.empty_like(p.detach()) if name in travels else None for name, p in named]
 
 
 def _run_images(model: TransferModel, batch_size: int) -> Tensor:

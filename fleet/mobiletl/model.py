@@ -89,7 +89,7 @@ class TransferModel(nn.Module):
         self.model.eval()
         if mode:
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in self.plan.by_name)
+                parameter.requires_grad_(name in self.plan.trained)
             for module in self._stock_modules():
                 module.train()
         return self
@@ -144,8 +144,12 @@ class TransferModel(nn.Module):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plan, in the order of the model."""
-        names = self.plan.by_name
-        return [p for name, p in self.model.named_parameters() if name in names]
+        return list(self.trainable_by_name().values())
+
+    def trainable_by_name(self) -> dict[str, nn.Parameter]:
+        """Name → parameter, of the plan, in the order of the model."""
+        trained = self.plan.trained
+        return {name: p for name, p in self.model.named_parameters() if name in trained}
 
     def _eval_from_features(self, x: Tensor) -> Tensor:
         for step in self._above_cut:
@@ -188,7 +192,7 @@ def _frozen_tail(parts: Sequence[InvertedResidual | Unit | Step]) -> int:
 
 def trains(step: Step, plan: UpdatePlan) -> bool:
     """Whether any tensor of a step is in the plan."""
-    return any(name.startswith(f"{step.name}.") for name in plan.by_name)
+    return any(name.startswith(f"{step.name}.") for name in plan.trained)
 
 
 def first_trained_step(steps: tuple[Step, ...], plan: UpdatePlan) -> int:

@@ -124,7 +124,7 @@ def test_training_is_the_same_for_seed_round_and_name_and_no_other():
         return train_task(client(**options), task, payload)[0].data
 
     assert trained() == trained()
-    assert trained() != trained(Task(task.plan, task.classes, 2))
+    assert trained() != trained(Task(task.plan, task.classes, 2, task.run))
     assert trained() != trained(node=OWN | {"name": "another"})
 
 

@@ -1,7 +1,9 @@
 import pytest
+import torch
 
 from fleet.config import default_settings, describe_settings, read_config
 from fleet.errors import ConfigError
+from fleet.optim import SGD
 
 
 def changed(**settings):
@@ -29,9 +31,9 @@ def test_every_default_lands_under_its_own_name():
     for key, kind, _ in describe_settings():
         if kind is str:
             continue
-        needs = {"augmentation": "flip"} if key == "views" else {}
+        needs = {"views": {"augmentation": "flip"}, "local-norms": {"evaluation": "clients"}}
         value = probes[kind](default_settings()[key])
-        settings = default_settings() | needs | {key: value}
+        settings = default_settings() | needs.get(key, {}) | {key: value}
         assert read_config(settings).as_settings() == settings
 
 
@@ -111,6 +113,15 @@ def test_a_value_of_another_type_is_refused(key, value, text):
             -1.0,
             "server-learning-rate must be at least 0 and finite, got -1.0",
         ),
+        ("sampler", "fair", "unknown sampler fair; known: shuffled, balanced"),
+        ("objective", "scaffold", "unknown objective scaffold; known: plain, fedprox, feddyn"),
+        ("objective-strength", 0.0, "objective-strength must be above 0 and finite, got 0.0"),
+        ("objective-strength", -1.0, "objective-strength must be above 0 and finite, got -1.0"),
+        ("objective-strength", float("nan"), "objective-strength must be above 0 and finite"),
+        ("objective-strength", float("inf"), "objective-strength must be above 0 and finite"),
+        ("objective", "feddyn", "objective is feddyn and strategy is fedavg; feddyn is both or n"),
+        ("strategy", "feddyn", "objective is plain and strategy is feddyn; feddyn is both or nei"),
+        ("local-norms", True, "local-norms is on and evaluation is server, .*evaluation to client"),
         ("evaluation", "nobody", "unknown evaluation nobody; known: server, clients"),
         ("round-timeout", 0.0, "round-timeout must be above 0 seconds, got 0.0"),
         ("seed", -1, r"seed must lie in \[0, 2\^63\), got -1"),
@@ -142,3 +153,24 @@ def test_several_numbers_of_blocks_are_dealt_out_in_turn():
 def test_blocks_that_are_no_numbers_are_refused(blocks):
     with pytest.raises(ConfigError, match=f"blocks must be whole numbers.*; got {blocks}$"):
         read_config(changed(blocks=blocks))
+
+
+def test_feddyn_is_chosen_by_both_its_names():
+    config = read_config(changed(objective="feddyn", strategy="feddyn")).federation
+    assert (config.objective, config.strategy) == ("feddyn", "feddyn")
+
+
+def test_a_pull_at_which_training_diverges_is_refused():
+    """On μ/2·p², SGD with momentum 0.9 is stable below learning-rate·μ = 2·(1 + 0.9)."""
+    read_config(changed(learning_rate=0.5, objective="fedprox", objective_strength=7.5))
+    read_config(changed(learning_rate=0.5, objective_strength=7.6))  # not in use
+    text = "learning-rate 0.5 times objective-strength 7.6 is 3.8, and training diverges from 3.8"
+    with pytest.raises(ConfigError, match=text):
+        read_config(changed(learning_rate=0.5, objective="fedprox", objective_strength=7.6))
+    for strength, grows in ((7.5, False), (7.7, True)):
+        p = torch.ones(1, requires_grad=True)
+        sgd = SGD([p], 0.5, 0.9, proximal=strength, targets=[torch.zeros(1)])
+        for _ in range(300):
+            p.grad = torch.zeros(1)
+            sgd.step()
+        assert (p.abs().item() > 1) is grows

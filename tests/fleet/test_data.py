@@ -18,7 +18,15 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from fleet.data import ImageBatches, ImageData, load_data, partition, split_validation, to_tensor
+from fleet.data import (
+    ImageBatches,
+    ImageData,
+    load_data,
+    partition,
+    split_validation,
+    to_tensor,
+    visiting_order,
+)
 from fleet.data.splits import draw_stratified
 from fleet.errors import ConfigError
 
@@ -875,3 +883,50 @@ def test_a_missing_extra_is_named(module, call, tmp_path, monkeypatch):
         call(tmp_path)
     assert f"needs {module}, which is not installed" in str(caught.value)
     assert "pip install fleet-mobiletl[sim]" in str(caught.value)
+
+
+# Order of an epoch
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shuffled_epoch_visits_every_image_once(seed):
+    labels = np.random.default_rng(seed).integers(4, size=50)
+    order = visiting_order(labels, "shuffled", np.random.default_rng(seed))
+    assert sorted(order) == list(range(50))
+    assert np.array_equal(order, np.random.default_rng(seed).permutation(50))
+
+
+def chi_square(observed):
+    expected = observed.sum() / len(observed)
+    return float((np.square(observed - expected) / expected).sum())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_balanced_epoch_draws_classes_and_their_images_alike(seed):
+    """χ² of 4 and of up to 59 degrees of freedom; 23.5 and 110 are exceeded once in 10,000."""
+    rng = np.random.default_rng(seed)
+    counts = {7: 60, 0: 3, 2: 20, 9: 1, 5: 16}  # no class 1, say
+    labels = rng.permutation(np.repeat(list(counts), list(counts.values())))
+    orders = [visiting_order(labels, "balanced", rng) for _ in range(40)]
+    assert all(len(order) == len(labels) == 100 for order in orders)
+    drawn = np.bincount(np.concatenate(orders), minlength=100)
+    assert chi_square(np.array([drawn[labels == c].sum() for c in counts])) < 23.5
+    for c in counts:
+        assert chi_square(drawn[labels == c]) < 110
+
+
+def test_a_balanced_epoch_is_the_same_for_the_same_seed_and_no_other():
+    labels = np.arange(30) % 3
+    orders = [
+        visiting_order(labels, "balanced", np.random.default_rng(seed)).tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert len(set(orders[0])) < 30  # with replacement
+
+
+@pytest.mark.parametrize("sampler", ["shuffled", "balanced"])
+def test_an_epoch_of_one_image_and_of_one_class(sampler):
+    rng = np.random.default_rng(0)
+    assert visiting_order(np.array([4]), sampler, rng).tolist() == [0]
+    assert set(visiting_order(np.full(9, 4), sampler, rng)) <= set(range(9))

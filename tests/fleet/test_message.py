@@ -31,7 +31,7 @@ from fleet.plan import make_plan
 
 PAYLOAD = Payload("float32", "d" * 64, ("a", "b"), ((2, 1), (1,)), bytes(range(12)))
 METRICS = {"num-examples": 7, "loss": 0.1, "peak-bytes": 2**40}
-TASK = Task({"method": "mobiletl", "blocks": 3, "digest": "d"}, ("cat", "dog"), 4)
+TASK = Task({"method": "mobiletl", "blocks": 3, "digest": "d"}, ("cat", "dog"), 4, "0f")
 
 
 def over_the_wire(content):

@@ -167,3 +167,79 @@ def test_momentum_in_bfloat16_gathers_what_rounding_to_nearest_would_lose():
     assert_close(moved[1], moved[0], rtol=1e-3, atol=0)
     velocity = torch.ones((), dtype=torch.bfloat16)
     assert (velocity * 0.999 + 0.002).bfloat16() == velocity  # as to nearest it would have stayed
+
+
+def pulled(tensors, targets, gradients, strength, decay=0.0):
+    """Gradients of Σ g·p + strength/2·‖p − target‖² + decay/2·‖p‖², as autograd takes them."""
+    objective = 0.0
+    for p, t, g in zip(tensors, targets, gradients, strict=True):
+        objective = objective + (g * p).sum()
+        if t is not None:
+            objective = objective + strength / 2 * (p - t).square().sum()
+        if p.ndim > 1:
+            objective = objective + decay / 2 * p.square().sum()
+    return torch.autograd.grad(objective, tensors)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_proximal_term_is_that_of_the_written_out_objective(momentum, weight_decay, seed):
+    ours, theirs = parameters(seed), parameters(seed)
+    targets = [None if p.ndim == 1 else p.detach() for p in parameters(seed + 100)]
+    optimizer = SGD(ours, 0.1, momentum, weight_decay, proximal=0.3, targets=targets)
+    reference = torch.optim.SGD(theirs, lr=0.1, momentum=momentum)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(10):
+        gradients = [torch.randn(p.shape, generator=rng) for p in ours]
+        wanted = pulled(theirs, targets, gradients, 0.3, weight_decay)
+        for mine, same, g, w in zip(ours, theirs, gradients, wanted, strict=True):
+            mine.grad, same.grad = g.clone(), w
+        optimizer.step(), reference.step()
+        assert_close(ours, theirs)
+
+
+def test_a_proximal_term_in_backward_and_with_bfloat16_momentum_is_the_same():
+    torch.manual_seed(0)
+    start = torch.randn(20_000)
+    target = torch.randn(20_000)
+    ends = []
+    for in_backward, dtype in (
+        (False, torch.float32),
+        (True, torch.float32),
+        (True, torch.bfloat16),
+    ):
+        weight = start.clone().requires_grad_()
+        optimizer = SGD(
+            [weight], 0.1, 0.9, momentum_dtype=dtype, proximal=0.5, targets=[target.clone()]
+        )
+        for _ in range(20):
+            if in_backward:
+                with optimizer.stepping_in_backward():
+                    weight.square().sum().backward()
+            else:
+                weight.square().sum().backward()
+                optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], start)
+    assert_close(ends[2], ends[0], rtol=0, atol=0.05)
+    assert (ends[2] - ends[0]).mean().abs() < 1e-3  # rounding leads nowhere
+
+
+def test_targets_count_and_none_are_kept_without_a_term():
+    ours = parameters()
+    size = 4 * sum(p.numel() for p in ours)
+    targets = [torch.zeros_like(p) for p in ours]
+    assert SGD(ours, 0.1, 0.9).nbytes == 0
+    assert SGD(ours, 0.1, 0.9, targets=targets).nbytes == 0
+    optimizer = SGD(ours, 0.1, 0.9, proximal=1.0, targets=[None, *targets[1:]])
+    assert optimizer.nbytes == size - targets[0].nbytes
+    give_gradients(ours, torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert optimizer.nbytes == 2 * size - targets[0].nbytes
+
+
+def test_too_few_targets_are_a_mistake_of_the_code():
+    with pytest.raises(ValueError, match="shorter"):
+        SGD(parameters(), 0.1, proximal=1.0, targets=[None])

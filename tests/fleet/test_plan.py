@@ -41,6 +41,8 @@ def test_the_digest_changes_with_every_field(plan):
         {"blocks": 4},
         {"train_tail": True},
         {"specs": plan.specs[::-1]},
+        {"local_norms": True},
+        {"local_specs": plan.specs[:1]},
         *({"specs": (changed, *plan.specs[1:])} for changed in other_specs),
     ]
     assert {key for change in changes for key in change} == {
@@ -166,3 +168,41 @@ def test_a_long_list_of_differences_is_cut(plan):
     more = len(plan.step_digests) - 6
     with pytest.raises(PlanError, match=f"absent in the plan; and {more} more$"):
         plan.check_same(theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_local_norms_train_and_do_not_travel(random_backbone, method):
+    backbone = random_backbone("mobilenet_v3_small")
+    plain = make_plan(backbone, method=method, blocks=3)
+    plan = make_plan(backbone, method=method, blocks=3, local_norms=True)
+    norms = {
+        f"{name}.{key}"
+        for name, part in backbone.model.named_modules()
+        if isinstance(part, torch.nn.BatchNorm2d)
+        for key in part.state_dict()
+    }
+    assert not plan.by_name.keys() & norms
+    assert {spec.name for spec in plan.local_specs} <= norms
+    # What trains is the same, tensor by tensor.
+    assert plan.trained == plain.by_name == plain.trained
+    assert len(plan.specs) + len(plan.local_specs) == len(plain.specs)
+    assert plain.local_specs == () and plan.digest != plain.digest
+
+
+def test_sub_plans_with_local_norms_are_those_made_narrower(random_backbone):
+    backbone = random_backbone("mobilenet_v3_small")
+    widest = make_plan(backbone, method="mobiletl", blocks=4, local_norms=True)
+    for k in range(5):
+        assert widest.narrow(k) == make_plan(
+            backbone, method="mobiletl", blocks=k, local_norms=True
+        )
+    assert len(widest.narrow(2).local_specs) < len(widest.local_specs)
+
+
+def test_local_norms_on_one_side_alone_are_named(random_backbone):
+    backbone = random_backbone("mobilenet_v3_small")
+    local = make_plan(backbone, method="mobiletl", blocks=2, local_norms=True)
+    assert "local_specs" not in local.summary()
+    with pytest.raises(PlanError, match="local_norms is False here, True in the plan"):
+        make_plan(backbone, method="mobiletl", blocks=2).check_same(local.summary())
+    local.check_same(json.loads(json.dumps(local.summary())))

@@ -67,6 +67,7 @@ def peaks(remembered, small, monkeypatch):
                 cached=False,
                 momentum=0.9,
                 momentum_dtype=torch.float32,
+                proximal=False,
                 cut=None,
             ).peak_bytes
             for k, stash, n in every

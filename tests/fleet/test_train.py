@@ -7,17 +7,20 @@ import torch.nn.functional as F
 
 from fleet.backbones import load_backbone
 from fleet.config import LocalConfig
-from fleet.data import ImageBatches, load_data
+from fleet.data import ImageBatches, load_data, visiting_order
 from fleet.errors import ConfigError, UpdateError
 from fleet.evaluation import evaluate
 from fleet.measure import allocator_peak
 from fleet.mobiletl import TransferModel
+from fleet.objective import Proximal, fedprox
 from fleet.plan import make_plan
+from fleet.state import capture
 from fleet.train import pick_device, train_locally
 
 CONFIG = dict(
     epochs=1,
     batch_size=8,
+    sampler="shuffled",
     learning_rate=0.05,
     schedule="constant",
     momentum=0.9,
@@ -100,17 +103,18 @@ def test_training_leaves_the_global_generator_alone(make_model, digits):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize("sampler", ["shuffled", "balanced"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_training_is_a_plain_loop_with_torchs_optimiser(make_model, digits, momentum):
+def test_training_is_a_plain_loop_with_torchs_optimiser(make_model, digits, momentum, sampler):
     model, preprocessing = make_model()
-    result = train_locally(
-        model, digits, preprocessing, config(epochs=2, batch_size=16, momentum=momentum), seed=5
-    )
+    settings = config(epochs=2, batch_size=16, momentum=momentum, sampler=sampler)
+    result = train_locally(model, digits, preprocessing, settings, seed=5)
     same, _ = make_model()
     optimizer = torch.optim.SGD(same.trainable_parameters(), lr=0.05, momentum=momentum)
     rng, losses = np.random.default_rng(5), []
     for _ in range(2):
-        for x, y in ImageBatches(digits, preprocessing, 16, rng.permutation(len(digits))):
+        order = visiting_order(digits.labels, sampler, rng)
+        for x, y in ImageBatches(digits, preprocessing, 16, order):
             optimizer.zero_grad()
             loss = F.cross_entropy(same(x), y)
             loss.backward()
@@ -201,6 +205,54 @@ def test_peak_has_momentum_in_it(make_model, digits):
     assert peaks[0.9] - peaks[0.0] == pytest.approx(
         sum(p.nbytes for p in model.trainable_parameters()), rel=0.05
     )
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_peak_has_the_targets_of_a_proximal_term_in_it(make_model, digits, epochs):
+    """Also where there is a single step."""
+    peaks = {}
+    for pulled in (False, True):
+        model, preprocessing = make_model(image_size=32)
+        proximal = fedprox(capture(model.model, model.plan).tensors, 0.1) if pulled else None
+        data = digits.subset(range(8))
+        result = train_locally(
+            model, data, preprocessing, config(epochs=epochs), seed=0, proximal=proximal
+        )
+        peaks[pulled] = result.peak_bytes
+    sizes = [p.nbytes for p in model.trainable_parameters()]
+    # And, while a parameter steps, its direction.
+    assert sum(sizes) <= peaks[True] - peaks[False] <= sum(sizes) + max(sizes)
+
+
+def test_the_stronger_the_pull_the_nearer_training_stays(make_model, digits):
+    moved = []
+    for strength in (0.0, 0.3, 3.0, 20.0):
+        model, preprocessing = make_model()
+        start = capture(model.model, model.plan)
+        proximal = fedprox(start.tensors, strength) if strength else None
+        settings = config(epochs=2, learning_rate=0.02)
+        train_locally(model, digits, preprocessing, settings, seed=0, proximal=proximal)
+        delta = capture(model.model, model.plan) - start
+        moved.append(
+            sum(float(np.square(delta.tensors[name]).sum()) for name in model.trainable_by_name())
+        )
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] < 0.2 * moved[0]
+
+
+def test_a_tensor_without_a_target_trains_as_ever(make_model, digits):
+    """With one step there is nothing that the others could do to it."""
+    ends = []
+    for names in ((), ("classifier.3.weight",)):
+        model, preprocessing = make_model()
+        tensors = capture(model.model, model.plan).tensors
+        proximal = Proximal(5.0, {name: tensors[name] + 1 for name in names}) if names else None
+        train_locally(
+            model, digits.subset(range(8)), preprocessing, config(), seed=0, proximal=proximal
+        )
+        ends.append(capture(model.model, model.plan).tensors)
+    differing = {n for n in ends[0] if not np.array_equal(ends[0][n], ends[1][n])}
+    assert differing == {"classifier.3.weight"}
 
 
 def test_measuring_works_again_after_a_failed_first_step(make_model, digits):

@@ -110,6 +110,83 @@ def test_a_run_that_fails_on_flower_says_why(tmp_path):
         simulate(settings, engine="flower")
 
 
+UNLIKE = SMALL | {
+    "clients": 3,
+    "rounds": 2,
+    "train-examples": 90,
+    "partition": "classes:4",
+    "learning-rate": 0.005,
+    "blocks": "1,0,1",
+}
+OBJECTIVES = {
+    "fedprox": {"objective": "fedprox", "objective-strength": 1.0},
+    "feddyn": {"objective": "feddyn", "strategy": "feddyn", "objective-strength": 0.1},
+    "feddyn, two of three": {
+        "objective": "feddyn",
+        "strategy": "feddyn",
+        "objective-strength": 0.1,
+        "sampled": 2,
+        "codec-up": "int8",
+    },
+    "local norms": {"local-norms": True, "evaluation": "clients", "validation-fraction": 0.2},
+    "balanced": {"sampler": "balanced"},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    return simulate(UNLIKE | {"run-dir": str(tmp_path_factory.mktemp("plain") / "run")})
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_run_with_each_choice_of_local_training_ends_well(changes, plain_run, tmp_path):
+    record = simulate(UNLIKE | changes | {"run-dir": str(tmp_path / "run")})
+    rounds = list(record.rounds())
+    assert [len(r.clients) for r in rounds[1:]] == [changes.get("sampled", 3)] * 2
+    assert not any(r.refused for r in rounds)
+    losses = [r.loss for r in rounds if r.loss is not None]
+    assert losses[-1] < losses[0]
+    ours, plain = (load_file(r.model_path) for r in (record, plain_run))
+    assert any(not np.array_equal(ours[name], plain[name]) for name in ours)
+    # What clients remember was of use to this run alone.
+    assert not (record.path / "clients").exists()
+
+
+def test_local_norms_do_not_travel_and_leave_the_servers_as_they_were(plain_run, tmp_path):
+    changes = OBJECTIVES["local norms"]
+    record = simulate(UNLIKE | changes | {"run-dir": str(tmp_path / "run")})
+    head = simulate(UNLIKE | {"blocks": 0, "run-dir": str(tmp_path / "head")})
+    ours, plain, start = (load_file(r.model_path) for r in (record, plain_run, head))
+    norms = {name.rpartition(".")[0] for name in ours if name.endswith("running_var")}
+
+    def learnt(model):
+        """Whether norms, and whether others below the head, are no longer the pretrained."""
+        names = {n for n in model if not np.array_equal(model[n], start[n])}
+        return {n.rpartition(".")[0] in norms for n in names if "classifier" not in n}
+
+    assert learnt(plain) == {True, False} and learnt(ours) == {False}
+    up = [sum(r.bytes_up for r in list(run.rounds())[1:]) for run in (plain_run, record)]
+    assert 0 < up[1] < up[0]
+
+
+def test_clients_memories_stay_where_a_setting_says(tmp_path):
+    settings = OBJECTIVES["feddyn"] | {"state-dir": str(tmp_path / "state"), "rounds": 1}
+    record = simulate(UNLIKE | settings | {"run-dir": str(tmp_path / "run")})
+    assert len(list((tmp_path / "state").rglob("dynamic.safetensors"))) == 3
+    assert not (record.path / "clients").exists()
+
+
+def test_clients_memories_stay_where_a_run_is_stopped(tmp_path):
+    def stop(report):
+        if report.server_round:
+            raise KeyboardInterrupt
+
+    settings = UNLIKE | OBJECTIVES["feddyn"] | {"run-dir": str(tmp_path / "run")}
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, on_round=stop)
+    assert list((tmp_path / "run" / "clients").rglob("dynamic.safetensors"))
+
+
 def test_a_folder_does_not_take_the_place_of_a_built_in_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits" / "cat").mkdir(parents=True)

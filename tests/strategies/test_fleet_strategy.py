@@ -213,6 +213,12 @@ def test_every_client_is_sent_the_state_of_the_round(run, updates, initial):
         assert (states[-1][name] != array).any()
 
 
+def test_every_message_names_the_run(run, updates):
+    _, sent, _ = run(answers(updates(0)), rounds=2, evaluate=None)
+    assert {m.metadata.message_type for m in sent} == {"train", "evaluate"}
+    assert {read_task(m.content)[0].run for m in sent} == {"00ff00ff00ff00ff"}
+
+
 def test_only_the_sampled_clients_are_asked(run, updates):
     strategy, sent, _ = run(answers(updates()), rounds=3, sampled=2)
     assert len(sent) == 6

@@ -1,6 +1,7 @@
 """Whole runs of the server app over simulated clients, small enough to run often."""
 
 import json
+import re
 import tomllib
 
 import numpy as np
@@ -20,7 +21,9 @@ from fleet.evaluation import evaluate
 from fleet.plan import make_plan
 from fleet.records import RunRecord
 from simulations.local_engine import LocalGrid, run_local
+from strategies.fleet_strategy import FleetStrategy
 from strategies.server_app import app as server_app
+from strategies.server_opt import server_optimizer
 
 SMALL = {
     "backbone": "mobilenet_v3_small",
@@ -241,3 +244,30 @@ def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_pat
     with pytest.raises(PlanError, match="blocks is 99, mobilenet_v3_small has 11"):
         launch(blocks="1,99")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("sampled", "share"), [(0, 1.0), (2, 2 / 3), (9, 1.0)])
+def test_feddyn_is_told_what_share_of_the_fleet_trains(launch, monkeypatch, sampled, share):
+    seen = []
+
+    def spy(name, **settings):
+        seen.append((name, settings["participation"]))
+        return server_optimizer(name, **settings)
+
+    monkeypatch.setattr("strategies.server_app.server_optimizer", spy)
+    launch(objective="feddyn", strategy="feddyn", sampled=sampled, rounds=1)
+    assert seen == [("feddyn", pytest.approx(share))]
+
+
+def test_every_run_has_an_id_of_its_own(launch, monkeypatch):
+    runs = []
+
+    class Spy(FleetStrategy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            runs.append(self._run)
+
+    monkeypatch.setattr("strategies.server_app.FleetStrategy", Spy)
+    for _ in range(2):
+        launch(rounds=1)
+    assert len(set(runs)) == 2 and all(re.fullmatch("[0-9a-f]{16}", run) for run in runs)

@@ -14,6 +14,7 @@ from strategies.server_opt import (
     SERVER_OPTIMIZERS,
     adagrad,
     adam,
+    feddyn,
     server_optimizer,
     sgd,
     yogi,
@@ -44,7 +45,7 @@ PAIRS = {
     ),
 }
 ADAPTIVE = {"learning_rate": "eta", "beta_1": "beta_1", "beta_2": "beta_2", "tau": "tau"}
-OPTIMIZERS = {name: pair[0] for name, pair in PAIRS.items()}
+OPTIMIZERS = {name: pair[0] for name, pair in PAIRS.items()} | {"feddyn": feddyn(0.5)}
 
 every_pair = pytest.mark.parametrize(("ours", "flowers"), PAIRS.values(), ids=PAIRS)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -222,10 +223,12 @@ def test_the_names_build_their_optimisers(toy_plan):
         "fedadam": adam(),
         "fedyogi": yogi(),
         "fedadagrad": adagrad(),
+        "feddyn": feddyn(0.25),
     }
     assert expected.keys() == SERVER_OPTIMIZERS.keys()
     for name, direct in expected.items():
-        assert_same_steps(server_optimizer(name, momentum=0.9), direct, delta, params)
+        named = server_optimizer(name, momentum=0.9, participation=0.25)
+        assert_same_steps(named, direct, delta, params)
 
 
 def test_a_learning_rate_replaces_the_default(toy_plan):
@@ -259,6 +262,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("learning_rate", (-0.1, float("inf"), float("nan")))
 def test_a_learning_rate_out_of_range_is_refused(name, learning_rate):
     text = f"server learning rate must be above 0 and finite, got {learning_rate}"
+    if name == "feddyn":
+        text = (
+            f"feddyn has no learning rate, and server-learning-rate is {learning_rate}; set it to"
+        )
     with pytest.raises(ConfigError, match=text):
         server_optimizer(name, learning_rate=learning_rate, momentum=0.9)
 
@@ -272,6 +279,10 @@ def test_other_settings_out_of_range_are_refused():
         yogi(beta_2=1.0)
     with pytest.raises(ConfigError, match="server tau must be above 0 and finite, got 0"):
         adagrad(tau=0.0)
+    for participation in (0.0, 1.1, float("nan")):
+        text = f"participation must be above 0 and at most 1, got {participation}"
+        with pytest.raises(ConfigError, match=text):
+            feddyn(participation)
 
 
 @every_optimizer

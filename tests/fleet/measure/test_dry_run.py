@@ -72,10 +72,13 @@ def real_step(backbone, plan, stash, batch_size, cached, measuring):
     yield measured
 
 
-def peak_of_training(backbone, plan, stash, batch_size, cached):
-    """Allocator peak of three steps whose batches are made as devices make them."""
+def peak_of_training(backbone, plan, stash, batch_size, cached, **term):
+    """Allocator peak of three steps whose batches are made as devices make them.
+
+    `term`: what the optimiser takes of a proximal term, whose targets were made before.
+    """
     model = TransferModel(backbone, plan, stash)
-    optimizer = SGD(model.trainable_parameters(), 0.01, momentum=0.9)
+    optimizer = SGD(model.trainable_parameters(), 0.01, momentum=0.9, **term)
     size = backbone.preprocessing.image_size
     labels = torch.arange(batch_size) % backbone.num_classes
     pixels = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
@@ -238,6 +241,41 @@ def test_momentum_takes_a_buffer_for_every_parameter(lite0):
         for settings in ({"momentum": 0.0}, {}, {"momentum_dtype": torch.bfloat16})
     )
     assert (full - none, half - none) == pytest.approx((floats, floats / 2), rel=0.02)
+
+
+@pytest.mark.parametrize("local_norms", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[7], CASES[10], CASES[12]])
+def test_peak_with_a_proximal_term_is_that_of_the_step(case, local_norms, random_backbone):
+    name, method, k, stash, batch_size, size, cached = case
+    backbone = random_backbone(name, image_size=size)
+    plan = make_plan(backbone, method=method, blocks=k, local_norms=local_norms)
+    plain, cost = (
+        dry_run(backbone, plan, stash, batch_size=batch_size, cached=cached, proximal=proximal)
+        for proximal in (False, True)
+    )
+    targets = [
+        torch.zeros_like(p) if n in plan.by_name else None
+        for n, p in TransferModel(backbone, plan, stash).trainable_by_name().items()
+    ]
+    there = sum(t.nbytes for t in targets if t is not None)
+    peak = there + peak_of_training(
+        backbone, plan, stash, batch_size, cached, proximal=0.1, targets=targets
+    )
+    assert cost.peak_bytes == pytest.approx(peak, rel=0.02)
+    assert cost.peak_bytes >= plain.peak_bytes + there
+
+
+def test_local_norms_have_no_targets(lite0):
+    there = {}
+    for local_norms in (False, True):
+        plan = make_plan(lite0, method="shifts", blocks=16, local_norms=local_norms)
+        plain, pulled = (
+            dry_run(lite0, plan, batch_size=2, proximal=proximal).peak_bytes
+            for proximal in (False, True)
+        )
+        there[local_norms] = pulled - plain
+    head = lite0.head.weight.nbytes + lite0.head.bias.nbytes
+    assert head <= there[True] < there[False]
 
 
 def test_unknown_stash_is_refused(lite0):
