@@ -2,13 +2,13 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
@@ -18,6 +18,21 @@ from fleet.config import Value
 
 _SERVER_NODE_ID = 1
 _FIRST_CLIENT_NODE_ID = 2
+
+ClientFunction = Callable[[Message, Context], Message]  # as a ClientApp is called
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A client's number, what it was sent, and what it answered."""
+
+    client: int
+    message: Message
+    reply: Message
+
+
+# What befalls a cohort's replies between the clients and the server: some may change or go.
+Interference = Callable[[Sequence[Exchange]], Sequence[Exchange]]
 
 
 class LocalGrid(Grid):
@@ -32,17 +47,20 @@ class LocalGrid(Grid):
         run_config: what Flower would hand to the apps.
         on_reply: called after each reply with how many of the cohort have
             answered, and its size.
+        interferences: done in turn to the replies once the whole cohort has answered.
     """
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: ClientFunction,
         num_clients: int,
         run_config: Mapping[str, Value],
         on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+        interferences: Sequence[Interference] = (),
     ) -> None:
         self._client_app = client_app
         self._on_reply = on_reply
+        self._interferences = interferences
         self._message_ids = count(1)
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -81,11 +99,10 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the clients at once; their replies wait to be pulled."""
-        ids = []
+        messages = list(messages)
         for reply in self.send_and_receive(messages):
             self._replies[reply.metadata.reply_to_message_id] = reply
-            ids.append(reply.metadata.reply_to_message_id)
-        return ids
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are there, each once."""
@@ -96,13 +113,16 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Run client after client; those whose turn comes after the deadline are not run."""
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        messages, replies = list(messages), []
+        messages, exchanges = list(messages), []
         for message in messages:
             if time.monotonic() > deadline:
                 break
-            replies.append(self._answer(message))
-            self._on_reply(len(replies), len(messages))
-        return replies
+            client = message.metadata.dst_node_id - _FIRST_CLIENT_NODE_ID
+            exchanges.append(Exchange(client, message, self._answer(message)))
+            self._on_reply(len(exchanges), len(messages))
+        for interfere in self._interferences:
+            exchanges = interfere(exchanges)
+        return [exchange.reply for exchange in exchanges]
 
     def _answer(self, message: Message) -> Message:
         message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
@@ -119,10 +139,11 @@ class LocalGrid(Grid):
 
 def run_local(
     server_app: ServerApp,
-    client_app: ClientApp,
+    client_app: ClientFunction,
     run_config: Mapping[str, Value],
     num_clients: int,
     on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+    interferences: Sequence[Interference] = (),
 ) -> None:
     """Run a ServerApp against `num_clients` ClientApps in this process.
 
@@ -139,7 +160,7 @@ def run_local(
         state=RecordDict(),
         run_config=dict(run_config),
     )
-    grid = LocalGrid(client_app, num_clients, run_config, on_reply)
+    grid = LocalGrid(client_app, num_clients, run_config, on_reply, interferences)
     with _one_thread():
         server_app(grid, context)
 
