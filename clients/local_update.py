@@ -76,10 +76,6 @@ class Client:
             return min(self.config.plan.blocks_of(partition_id), widest)
         return widest
 
-    def memory(self, run: str) -> ClientMemory:
-        """What this client remembers of a run."""
-        return ClientMemory(state_directory(self.config.state_dir), run, self.name)
-
     def budget_bytes(self) -> int | None:
         """Memory that this client's training may take; None: as much as it likes."""
         config = self.config.budget

@@ -158,6 +158,21 @@ class RunRecord:
             raise record._unusable(error) from error
         return record
 
+    def add_to_config(self, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Append tables to `config.toml`.
+
+        Args:
+            tables: none that the file has already.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        try:
+            with self.config_path.open("a") as file:
+                file.write("\n" + tomli_w.dumps(tables))
+        except OSError as error:
+            raise _unwritten(self.config_path, error) from error
+
     def _taken(self) -> ConfigError:
         return ConfigError(
             f"run directory {self.path} holds a run already; name another with run-dir, "

@@ -12,6 +12,8 @@ from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_confi
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
+from simulations.adversity import Adversity
+from simulations.attacks import hostile_clients, read_attack
 
 ENGINES = ("local", "flower")
 
@@ -21,6 +23,10 @@ def simulate(
     engine: str = "local",
     on_round: Callable[[RoundReport], None] = lambda report: None,
     on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+    *,
+    attack: str = "",
+    hostile: float = 0.0,
+    drop: float = 0.0,
 ) -> RunRecord:
     """Run a fleet on this machine.
 
@@ -32,6 +38,10 @@ def simulate(
         on_round: given each round's report once it is on the disk.
         on_reply: told, while a round goes on, how many of its clients have
             answered (`local` only).
+        attack: what hostile clients do (`local` only): sign_flip:10, alie, ipm:0.5,
+            gaussian:0.1, nan or label_flip.
+        hostile: share of the clients that do it, drawn by the run's seed.
+        drop: probability that a reply to a train message is lost (`local` only).
 
     Returns:
         The folder of the run, with its records, model and report.
@@ -42,21 +52,27 @@ def simulate(
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
+    adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
     _check_fleet(config)
+    adversity.check_fleet(config.federation.clients, engine)
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
     watch = _RoundWatch(record, on_round)
+    unwritten = adversity.as_table()
     if engine == "local":
 
         def follow(answered: int, asked: int) -> None:
+            if unwritten and record.config_path.is_file():
+                record.add_to_config({"simulation": unwritten})
+                unwritten.clear()
             watch.poll()
             on_reply(answered, asked)
 
-        _run_local(final, follow)
+        _run_local(final, config, adversity, follow)
     else:
         from simulations.flower_engine import run_flower
 
@@ -64,6 +80,8 @@ def simulate(
     watch.poll()
     if not config.state_dir:  # what clients remember is of use as long as the run goes on
         shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
+    if adversity.as_table():
+        record.write_summary(record.summary() | adversity.as_table())
     return record
 
 
@@ -86,18 +104,35 @@ def _check_fleet(config: RunConfig) -> None:
         )
 
 
-def _run_local(settings: Mapping[str, Value], on_reply: Callable[[int, int], None]) -> None:
+def _run_local(
+    settings: Mapping[str, Value],
+    config: RunConfig,
+    adversity: Adversity,
+    on_reply: Callable[[int, int], None],
+) -> None:
     # Here, not above: Flower's apps take seconds to import, and the other engine
     # never runs them in this process.
     from clients.client_app import app as client_app
+    from simulations.faults import dropping
+    from simulations.hostile import flipping_labels, forging
     from simulations.local_engine import run_local
     from strategies.server_app import app as server_app
 
+    clients, interferences = config.federation.clients, []
+    if adversity.attack:
+        attack = read_attack(adversity.attack)
+        hostile = hostile_clients(clients, adversity.hostile, config.seed)
+        if attack.flips_labels:
+            client_app = flipping_labels(client_app, hostile)
+        else:
+            interferences.append(forging(attack, hostile, config))
+    if adversity.drop:
+        interferences.append(dropping(adversity.drop, config.seed))
     flower_log = logging.getLogger("flwr")
     level = flower_log.level
     flower_log.setLevel(logging.CRITICAL)  # the records say what it says, and more
     try:
-        run_local(server_app, client_app, settings, int(settings["clients"]), on_reply)
+        run_local(server_app, client_app, settings, clients, on_reply, interferences)
     finally:
         flower_log.setLevel(level)
 

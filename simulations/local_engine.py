@@ -2,13 +2,13 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
@@ -18,6 +18,21 @@ from fleet.config import Value
 
 _SERVER_NODE_ID = 1
 _FIRST_CLIENT_NODE_ID = 2
+
+ClientFunction = Callable[[Message, Context], Message]  # as a ClientApp is called
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A client's number, what it was sent, and what it answered."""
+
+    client: int
+    message: Message
+    reply: Message
+
+
+# What befalls a cohort's replies between the clients and the server: some may change or go.
+Interference = Callable[[Sequence[Exchange]], Sequence[Exchange]]
 
 
 class LocalGrid(Grid):
@@ -33,19 +48,22 @@ class LocalGrid(Grid):
         run_config: what Flower would hand to the apps.
         on_reply: called after each reply with how many of the cohort have
             answered, and its size.
+        interferences: done in turn to the replies once the whole cohort has answered.
     """
 
     answers_at_once = True  # a reply that `pull_messages` does not return will not come later
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: ClientFunction,
         num_clients: int,
         run_config: Mapping[str, Value],
         on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+        interferences: Sequence[Interference] = (),
     ) -> None:
         self._client_app = client_app
         self._on_reply = on_reply
+        self._interferences = interferences
         self._message_ids = count(1)
         self._waiting: dict[str, Message] = {}  # id → message whose client has not run
         self._asked = self._answered = 0
@@ -93,26 +111,34 @@ class LocalGrid(Grid):
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the client whose turn it is, and return its reply."""
+        """Run the client whose turn it is, and return its reply.
+
+        All of them with interferences, which look at a whole cohort.
+        """
         ids = set(message_ids)
-        turn = next((i for i in self._waiting if i in ids), None)
-        if turn is None:
-            return []
-        reply = self._answer(self._waiting.pop(turn))
-        self._answered += 1
-        self._on_reply(self._answered, self._asked)
-        return [reply]
+        turns = [i for i in self._waiting if i in ids]
+        exchanges = []
+        for turn in turns if self._interferences else turns[:1]:
+            message = self._waiting.pop(turn)
+            client = message.metadata.dst_node_id - _FIRST_CLIENT_NODE_ID
+            exchanges.append(Exchange(client, message, self._answer(message)))
+            self._answered += 1
+            self._on_reply(self._answered, self._asked)
+        for interfere in self._interferences:
+            exchanges = interfere(exchanges)
+        return [exchange.reply for exchange in exchanges]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run client after client; those whose turn comes after the deadline are not run."""
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        ids, replies = list(self.push_messages(messages)), []
-        for message_id in ids:
-            if time.monotonic() > deadline:
+        ids, replies = set(self.push_messages(messages)), []
+        while time.monotonic() <= deadline:
+            came = self.pull_messages(ids)
+            if not came:
                 break
-            replies += self.pull_messages([message_id])
+            replies += came
         return replies
 
     def _answer(self, message: Message) -> Message:
@@ -129,10 +155,11 @@ class LocalGrid(Grid):
 
 def run_local(
     server_app: ServerApp,
-    client_app: ClientApp,
+    client_app: ClientFunction,
     run_config: Mapping[str, Value],
     num_clients: int,
     on_reply: Callable[[int, int], None] = lambda answered, asked: None,
+    interferences: Sequence[Interference] = (),
 ) -> None:
     """Run a ServerApp against `num_clients` ClientApps in this process.
 
@@ -149,7 +176,7 @@ def run_local(
         state=RecordDict(),
         run_config=dict(run_config),
     )
-    grid = LocalGrid(client_app, num_clients, run_config, on_reply)
+    grid = LocalGrid(client_app, num_clients, run_config, on_reply, interferences)
     with _one_thread():
         server_app(grid, context)
 

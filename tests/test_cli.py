@@ -194,12 +194,47 @@ def test_a_run_is_repeated_from_its_own_config(run_dir, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+def test_an_attacked_run_is_repeated_with_its_attack(tmp_path):
+    first, again, calm = (tmp_path / name for name in ("first", "again", "calm"))
+    hostile = ("--attack", "gaussian:0.1", "--hostile", "0.5")
+    for recipe, folder, options in (
+        ((), first, (*SMALL, *hostile)),
+        ((str(first / "config.toml"),), again, ()),
+        ((str(first / "config.toml"),), calm, ("--attack", "", "--hostile", "0")),
+    ):
+        result = invoke("simulate", *recipe, *options, "--run-dir", str(folder))
+        assert result.exit_code == 0, result.output
+    ours, theirs, honest = (load_file(f / "model.safetensors") for f in (first, again, calm))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert any(not torch.equal(ours[name], honest[name]) for name in ours)
+    tables = [tomllib.loads((f / "config.toml").read_text()) for f in (first, again, calm)]
+    assert tables[0]["simulation"] == tables[1]["simulation"]
+    assert "simulation" not in tables[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("simulation = 3", "simulation must be a table, got 3"),
+        ("[simulation]\nlag = 3", "[simulation] has lag; known: attack, hostile, drop"),
+        ("[simulation]\ndrop = 'all'", "drop must be a number in [0, 1), got 'all'"),
+    ],
+)
+def test_a_simulation_table_that_is_wrong_is_refused(tmp_path, content, text):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(content)
+    result = invoke("simulate", str(recipe), "--run-dir", str(tmp_path / "run"))
+    assert result.exit_code == 1
+    assert text in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """`simulate` with a Ctrl-C in it, before or after the run has a folder."""
 
     def run(folder, create):
-        def simulate(settings, *arguments):
+        def simulate(settings, *arguments, **adversity):
             if create:
                 RunRecord.create(settings["run-dir"], {})
             raise KeyboardInterrupt

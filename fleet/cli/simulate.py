@@ -35,23 +35,41 @@ def _setting_options(command: Callable) -> Callable:
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @_setting_options
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
+@click.option(
+    "--attack",
+    help="What hostile clients do: sign_flip:10, alie, ipm:0.5, gaussian:0.1, nan or label_flip.",
+)
+@click.option("--hostile", type=float, help="Share of the clients that do it.")
+@click.option("--drop", type=float, help="Probability that a client's update is lost.")
 @format_option("text", "json")
-def command(recipe: Path | None, engine: str, output_format: str, **options: Any) -> None:
+def command(
+    recipe: Path | None,
+    engine: str,
+    attack: str | None,
+    hostile: float | None,
+    drop: float | None,
+    output_format: str,
+    **options: Any,
+) -> None:
     """Run a simulated fleet; settings come from a RECIPE (TOML) and from options.
 
     A run's config.toml is a recipe too: it repeats the run in another directory.
     """
-    settings = _read_recipe(recipe) if recipe else {}
+    settings, adversity = _read_recipe(recipe) if recipe else ({}, {})
+    given = {"attack": attack, "hostile": hostile, "drop": drop}
+    adversity |= {key: value for key, value in given.items() if value is not None}
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
     config = read_config(default_settings() | settings)
     # Named here, so that an interrupted run can say where it is.
     record = RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
     with _interruptible(record):
+        from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
 
+        adversity = vars(Adversity.of(adversity))
         with show_progress(config.federation.rounds) as (on_round, on_reply):
-            record = launch(settings, engine, on_round, on_reply)
+            record = launch(settings, engine, on_round, on_reply, **adversity)
     if output_format == "json":
         click.echo(to_json(record.summary(), indent=2))
     else:
@@ -71,8 +89,8 @@ def _interruptible(record: RunRecord) -> Iterator[None]:
         raise click.exceptions.Exit(130) from None
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Settings by name, from a recipe or from the config.toml of a run."""
+def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by name and the table [simulation], from a recipe or the config.toml of a run."""
     try:
         with path.open("rb") as file:
             values = tomllib.load(file)
@@ -80,15 +98,19 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    simulation = values.pop("simulation", {})
+    if not isinstance(simulation, dict):
+        raise ConfigError(f"recipe {path}: simulation must be a table, got {simulation!r}")
     if not isinstance(values.get("settings"), dict):
-        return values
+        return values, simulation
     if others := values.keys() - {"settings", "versions", "machine"}:
         raise ConfigError(
             f"recipe {path} has {', '.join(sorted(others))} beside [settings]; "
             f"move it into [settings], or remove the header"
         )
     # A run's own directory is taken: by that run.
-    return {key: value for key, value in values["settings"].items() if key != "run-dir"}
+    settings = {key: value for key, value in values["settings"].items() if key != "run-dir"}
+    return settings, simulation
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from fleet.errors import ConfigError, FleetError
 from simulations import simulate
+from simulations.attacks import hostile_clients
 
 SMALL = {
     "clients": 2,
@@ -236,3 +237,87 @@ def test_an_interrupted_run_on_flower_leaves_no_process_behind(tmp_path):
     assert len(family) > 3
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+HEAD = SMALL | {"method": "head", "clients": 4, "train-examples": 120}
+
+
+def test_a_fleet_of_sign_flippers_takes_the_head_from_zero_to_where_it_would_go_and_not(tmp_path):
+    honest = simulate(HEAD | {"run-dir": str(tmp_path / "honest")})
+    flipped = simulate(
+        HEAD | {"run-dir": str(tmp_path / "flipped")}, attack="sign_flip:10", hostile=1.0
+    )
+    ours, theirs = (load_file(record.model_path) for record in (honest, flipped))
+    changed = [name for name in ours if (ours[name] != theirs[name]).any()]
+    assert len(changed) == 2  # weight and bias of the head
+    for name in changed:
+        np.testing.assert_allclose(theirs[name], -10 * ours[name], rtol=1e-5, atol=1e-9)
+
+
+def test_hostile_replies_that_are_no_numbers_are_refused_and_the_run_goes_on(tmp_path):
+    settings = HEAD | {"rounds": 2, "run-dir": str(tmp_path / "run")}
+    record = simulate(settings, attack="nan", hostile=0.5)
+    _, *rounds = record.rounds()
+    hostile = [f"client-{number:04d}" for number in sorted(hostile_clients(4, 0.5, 0))]
+    for report in rounds:
+        assert sorted(report.refused) == hostile
+        assert all("holds NaN or infinity" in reason for reason in report.refused.values())
+        assert len(report.clients) == 2
+    assert np.isfinite(record.summary()["accuracy"])
+
+
+def test_labels_that_are_flipped_everywhere_are_learnt_flipped(tmp_path):
+    settings = HEAD | {"train-examples": 1000, "test-examples": 300, "rounds": 3}
+    honest, flipped = (
+        simulate(settings | {"run-dir": str(tmp_path / name)}, **adversity).summary()["accuracy"]
+        for name, adversity in (("h", {}), ("f", {"attack": "label_flip", "hostile": 1.0}))
+    )
+    assert honest > 0.5
+    assert flipped < 0.1  # chance is 0.1; no digit is its own opposite
+
+
+def test_lost_replies_are_silence_in_the_record_and_cost_no_bytes(tmp_path):
+    settings = HEAD | {"rounds": 4, "run-dir": str(tmp_path / "run")}
+    record = simulate(settings, drop=0.5)
+    _, *rounds = record.rounds()
+    lost = [len(report.refused) for report in rounds]
+    assert 0 < sum(lost) < 16
+    for report in rounds:
+        assert len(report.clients) == 4 - len(report.refused)
+        assert all("no reply within" in reason for reason in report.refused.values())
+    by_count = {len(report.clients): report.bytes_up for report in rounds}
+    sizes = {count: by_count[count] / count for count in by_count if count}
+    assert max(sizes.values()) - min(sizes.values()) < 16  # metrics differ in length
+    assert by_count.get(0, 0) == 0
+
+
+def test_what_a_fleet_had_against_it_is_on_record(tmp_path):
+    adversity = {"attack": "ipm:0.5", "hostile": 0.25, "drop": 0.1}
+    record = simulate(HEAD | {"run-dir": str(tmp_path / "run")}, **adversity)
+    written = tomllib.loads(record.config_path.read_text())
+    assert written["simulation"] == adversity
+    assert written.keys() == {"settings", "versions", "machine", "simulation"}
+    assert adversity.items() <= record.summary().items()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"attack": "backdoor", "hostile": 0.2}, "unknown attack 'backdoor'; known: sign_flip:F"),
+        ({"attack": "alie"}, "attack is alie and hostile is 0.0, so nobody attacks; raise host"),
+        ({"hostile": 0.2}, "hostile is 0.2 and no attack says what they do; name one, or leave h"),
+        ({"attack": "nan", "hostile": 1.5}, r"hostile must be a number in \[0, 1\], got 1.5"),
+        ({"attack": "nan", "hostile": 0.1}, "hostile is 0.1, which of 2 clients is none; raise it"),
+        ({"attack": 3, "hostile": 0.1}, "attack must be text, got 3; known: sign_flip"),
+        ({"drop": 1.0}, r"drop must be a number in \[0, 1\), got 1.0"),
+        ({"drop": "0.3"}, r"drop must be a number in \[0, 1\), got '0.3'"),
+        (
+            {"drop": 0.3, "engine": "flower"},
+            "engine flower cannot simulate drop; use engine local, or leave that out",
+        ),
+    ],
+)
+def test_adversity_that_cannot_be_is_refused_before_anything_is_written(tmp_path, options, text):
+    with pytest.raises(ConfigError, match=text):
+        simulate(SMALL | {"run-dir": str(tmp_path / "run")}, **options)
+    assert not (tmp_path / "run").exists()

@@ -166,3 +166,29 @@ def test_what_the_server_app_raises_ends_the_run():
 
     with pytest.raises(ValueError, match="no disk"):
         run_local(server, app_of(partition_of), {}, 1)
+
+
+def test_interferences_see_the_cohort_once_all_have_answered_and_may_lose_replies():
+    answered = []
+
+    def answer(message, context):
+        answered.append(partition_of(message, context))
+        return answered[-1]
+
+    def first(exchanges):
+        assert answered == [0, 1, 2, 3]
+        assert [e.client for e in exchanges] == numbers(e.reply for e in exchanges) == answered
+        assert all(
+            e.reply.metadata.reply_to_message_id == e.message.metadata.message_id for e in exchanges
+        )
+        return exchanges[1:]
+
+    grid = LocalGrid(app_of(answer), 4, {}, interferences=[first, lambda rest: rest[1:]])
+    assert numbers(grid.send_and_receive(questions(grid))) == [2, 3]
+
+
+def test_a_pushed_message_whose_reply_is_lost_has_an_id_all_the_same():
+    grid = LocalGrid(app_of(partition_of), 3, {}, interferences=[lambda all_of: all_of[1:]])
+    ids = list(grid.push_messages(questions(grid)))
+    assert len(set(ids)) == 3
+    assert numbers(grid.pull_messages(ids)) == [1, 2]

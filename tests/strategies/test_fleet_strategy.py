@@ -514,7 +514,7 @@ def test_with_a_codec_down_clients_follow_in_steps_bit_for_bit(run, updates, ini
 def test_a_client_that_holds_nothing_is_sent_the_state_and_the_report_says_so(
     run, updates, initial
 ):
-    clients, held, downloads = following(updates(), initial)
+    clients, held, _ = following(updates(), initial)
     held["pi-2"] = initial * 2.0  # another model than the server's
     strategy, _, _ = run(clients, rounds=3, **{"codec-up": "int8", "codec-down": "int8"})
     reports = strategy.reports[1:]
@@ -524,7 +524,7 @@ def test_a_client_that_holds_nothing_is_sent_the_state_and_the_report_says_so(
 
 
 def test_bytes_are_told_by_client_and_by_role(run, updates, initial):
-    strategy, sent, received = run(answers(updates()))
+    strategy, sent, _ = run(answers(updates()))
     report = strategy.reports[1]
     assert {name: down for name, (_, down) in report.bytes_by_client.items()} == {
         f"pi-{m.metadata.dst_node_id - 10}": content_bytes(m.content) for m in sent
