@@ -4,7 +4,6 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fleet.codec import Payload
 from fleet.message import Task, write_task
 from simulations.faults import dropping
 from simulations.local_engine import Exchange
@@ -18,7 +17,7 @@ def task_identity(monkeypatch):
 
 def round_of(server_round, clients=20, kind="train"):
     """A cohort's exchanges; what the replies hold does not matter."""
-    content = write_task(Task({}, (), server_round), Payload("float32", "0" * 64, (), (), b""))
+    content = write_task(Task({}, (), server_round))
     for client in range(clients):
         message = Message(content, client + 2, kind)
         yield Exchange(client, message, Message(RecordDict(), reply_to=message))
