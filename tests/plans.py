@@ -29,7 +29,9 @@ def toy_plan(width=6, blocks=2):
             TensorSpec(
                 name=f"{name}.conv.weight", shape=(width, 4, 1, 1), role="weight", depth=depth
             ),
-            TensorSpec(name=f"{name}.dw.weight", shape=(width, 1, 3, 3), role="weight", depth=depth),
+            TensorSpec(
+                name=f"{name}.dw.weight", shape=(width, 1, 3, 3), role="weight", depth=depth
+            ),
             TensorSpec(name=f"{name}.bn.weight", shape=(width,), role="scale", depth=depth),
             TensorSpec(name=f"{name}.bn.bias", shape=(width,), role="shift", depth=depth),
             TensorSpec(name=f"{name}.bn.running_mean", shape=(width,), role="mean", depth=depth),

@@ -174,7 +174,7 @@ def _exponent(peak: float) -> int:
 
 def _times_power_of_two(array: np.ndarray, exponent: int) -> np.ndarray:
     """A float32 copy times 2^exponent, in two steps: 2^exponent itself may be no float32."""
-    with np.errstate(over="ignore"):  # of damaged float16, refused later as not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged bytes; found as not finite
         scaled = np.empty(array.shape, np.float32)  # a product without dimensions is no array
         np.multiply(array, np.float32(2.0 ** (exponent // 2)), out=scaled)
         scaled *= np.float32(2.0 ** (exponent - exponent // 2))
