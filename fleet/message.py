@@ -104,16 +104,14 @@ def read_task(content: RecordDict) -> Task:
             raise TypeError(f"plan is a {type(plan).__name__}, not a table")
         return Task(
             plan=plan,
-            classes=tuple(config["classes"]),
+            classes=_texts(config["classes"]),
             server_round=int(config["server-round"]),
             run=str(config["run"]),
             token=str(config["token"]),
             acknowledged=int(config["acknowledged"]),
         )
     except _MALFORMED as error:
-        raise UpdateError(
-            f"message holds no readable task ({error!r}); run the same version on server and client"
-        ) from error
+        raise _unreadable("message holds no readable task", error) from error
 
 
 def read_state(content: RecordDict, plan_digest: str) -> Download:
@@ -140,7 +138,7 @@ def read_state(content: RecordDict, plan_digest: str) -> Download:
         )
         return Download(versions, payloads)
     except Exception as error:
-        raise _unreadable("state", error) from error
+        raise _unreadable("message holds no readable state", error) from error
 
 
 def write_update(
@@ -171,7 +169,7 @@ def read_update(content: RecordDict) -> tuple[Payload, dict[str, int | float]]:
             raise ValueError(f"unknown record {unknown[0]}")
         payload = Payload(str(header["codec"]), str(header["plan-digest"]), _unpacked(content))
     except Exception as error:  # NumPy's header parser raises a dozen kinds for a damaged one
-        raise _unreadable("payload", error) from error
+        raise _unreadable("message holds no readable payload", error) from error
     return payload, read_metrics(content)
 
 
@@ -202,7 +200,7 @@ def read_bytes(content: RecordDict) -> bytes:
     try:
         return _unpacked(content)
     except Exception as error:
-        raise _unreadable("payload", error) from error
+        raise _unreadable("message holds no readable payload", error) from error
 
 
 def read_metrics(content: RecordDict) -> dict[str, int | float]:
@@ -215,7 +213,7 @@ def read_metrics(content: RecordDict) -> dict[str, int | float]:
     if not isinstance(metrics, MetricRecord):
         raise UpdateError("reply holds no metrics; run the same version on server and client")
     if lists := [key for key, value in metrics.items() if isinstance(value, list)]:
-        raise UpdateError(f"metric {lists[0]} is a list; a single number is expected")
+        raise UpdateError(f"metric {lists[0][:40]} is a list; a single number is expected")
     return dict(metrics)
 
 
@@ -242,13 +240,10 @@ def read_enrolment(content: RecordDict) -> Enrolment:
         return Enrolment(
             str(record["name"]),
             int(record["num-examples"]),
-            tuple(str(name) for name in record["classes"]),
+            _texts(record["classes"]),
         )
     except _MALFORMED as error:
-        raise UpdateError(
-            f"reply holds no readable enrolment ({error!r}); "
-            f"run the same version on server and client"
-        ) from error
+        raise _unreadable("reply holds no readable enrolment", error) from error
 
 
 def refusal(reason: FleetError, message: Message) -> Message:
@@ -266,9 +261,15 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def _unreadable(what: str, error: Exception) -> UpdateError:
-    return UpdateError(
-        f"message holds no readable {what} ({error!r}); run the same version on server and client"
-    )
+    # Cut, as names in it may be as long as their sender likes.
+    return UpdateError(f"{what} ({error!r:.200}); run the same version on server and client")
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    """A list of texts; a text alone would pass for the list of its letters."""
+    if not isinstance(values, list):
+        raise TypeError(f"a {type(values).__name__} is no list of texts")
+    return tuple(map(str, values))
 
 
 def _packed(data: bytes) -> ArrayRecord:

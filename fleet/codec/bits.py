@@ -1,7 +1,7 @@
 """Whole numbers of few values as few bytes: Huffman codes by zlib, inflated only so far.
 
-Levels of a rounded update crowd around nought, so a Huffman code takes about
-two bits for an int4 level where packing takes four.
+Levels of a rounded update crowd around nought: an int4 level of a normal
+distribution, in channels of 1,000, takes 3.2 bits where packing takes four.
 """
 
 import zlib
@@ -15,26 +15,30 @@ def pack(levels: np.ndarray) -> bytes:
     """Bytes of small whole numbers.
 
     Args:
-        levels: (n,) int8 or uint8.
+        levels: (n,) uint8.
     """
     # No dictionary: repeats of what is random cost more than they save.
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return packer.compress(levels.tobytes()) + packer.flush()
 
 
-def unpack(data: memoryview, size: int, dtype: type = np.int8) -> np.ndarray:
+def unpack(data: memoryview, size: int, most: int) -> np.ndarray:
     """What `pack` was given.
 
     Args:
         size: how many numbers there must be; no more are ever inflated.
+        most: none of them is larger.
 
     Raises:
-        UpdateError: if the bytes hold more or fewer, or are no packed numbers.
+        UpdateError: if the bytes hold others, or are no packed numbers.
     """
     unpacked = inflate(data, size)
     if len(unpacked) != size:
         raise UpdateError(f"packed numbers are {len(unpacked)}, expected {size}; they were cut")
-    return np.frombuffer(unpacked, dtype)
+    levels = np.frombuffer(unpacked, np.uint8)
+    if (largest := levels.max(initial=0)) > most:
+        raise UpdateError(f"a packed number is {largest}, the largest {most}; they were damaged")
+    return levels
 
 
 def inflate(data: memoryview, most: int) -> bytes:

@@ -23,8 +23,8 @@ class Format:
         most: shape → the most bytes that it takes.
         encode: finite float32 array and rounding → bytes.
         decode: bytes and shape → float32 array of that shape, or UpdateError.
-            Never allocates more than the shape says. What overflows becomes
-            inf or NaN.
+            What it allocates is bounded by the shape. Numbers may be inf or NaN
+            if the bytes were not written by `encode`.
     """
 
     most: Callable[[Shape], int]
@@ -71,9 +71,9 @@ def float16() -> Format:
     """Two bytes a number, and one for the tensor's exponent.
 
     Numbers are divided by a power of two that puts the largest between 2^14
-    and 2^15: none overflows, and all down to 2^-29 of the largest are within a
-    relative 2^-11. Smaller ones are within 2^-40 of the largest, and never
-    change sign. Numbers of a tensor that is wholly below 2^-112 lose no range.
+    and 2^15: none overflows, and all down to 2^-28 of the largest are within a
+    relative 2^-11. Smaller ones are off by at most 2^-39 of the largest, and
+    never change sign.
     """
 
     def nbytes(shape: Shape) -> int:
@@ -99,11 +99,11 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
     A level is worth peak/L, with the largest magnitude of the tensor as peak;
     by channel (index along the first dimension), that of the channel, rounded
     up to a 65535th of the tensor's. Rounded stochastically, every decoded
-    number is less than a level off and has expectation x; a channel of zeros
-    stays one.
+    number is less than a level off and has expectation x; none is beyond the
+    tensor's peak, and a channel of zeros stays one.
 
     Layout: the tensor's peak (float32); by channel, a factor for each
-    (uint16); the levels, Huffman-coded.
+    (uint16); the levels from −L on as 0 to 2L, Huffman-coded.
 
     Source: QSGD, Alistarh et al., arXiv:1610.02132, with the largest
     magnitude in place of the norm.
@@ -126,7 +126,7 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
         scaled /= np.where(steps > 0, steps, 1)[:, None]
         scaled = rounding(scaled)
         np.clip(scaled, -levels, levels, out=scaled)  # float32 may take a peak to L + 10^-5
-        codes = scaled.astype(np.int8).ravel()
+        codes = (scaled + np.float32(levels)).astype(np.uint8).ravel()
         scales = factors.tobytes() if by_channel else b""
         return peak.astype("<f4").tobytes() + scales + pack(codes)
 
@@ -134,10 +134,13 @@ def quantised(bits: int, *, by_channel: bool) -> Format:
         start, size = scale_bytes(shape), size_of(shape)
         if len(data) < start:
             raise UpdateError(f"{len(data)} bytes are fewer than the {start} of the scales")
-        codes = unpack(data[start:], size)
+        codes = unpack(data[start:], size, 2 * levels)
         factors = np.frombuffer(data[4:start], "<u2") if by_channel else np.array([_FULL], "<u2")
         peak = float(np.frombuffer(data[:4], "<f4")[0])
+        if not 0 <= peak < math.inf:
+            raise UpdateError(f"largest magnitude is {peak}; it was damaged")
         rows = _rows(codes, shape, by_channel).astype(np.float32)
+        rows -= levels
         rows *= _steps(peak, factors, levels)[:, None]
         return _times_power_of_two(rows, _exponent(peak)).reshape(shape)
 
@@ -165,14 +168,15 @@ def _largest(array: np.ndarray) -> float:
 
 
 def _exponent(peak: float) -> int:
-    """The e with 2^(e−1) ≤ |peak| < 2^e; 0 for zero, inf and NaN."""
-    return math.frexp(peak)[1] if math.isfinite(peak) else 0
+    """The e with 2^(e−1) ≤ peak < 2^e; 0 for zero."""
+    return math.frexp(peak)[1]
 
 
 def _times_power_of_two(array: np.ndarray, exponent: int) -> np.ndarray:
     """A float32 copy times 2^exponent, in two steps: 2^exponent itself may be no float32."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of damaged bytes; refused as not finite
-        scaled = array * np.float32(2.0 ** (exponent // 2))
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged bytes; found as not finite
+        scaled = np.empty(array.shape, np.float32)  # a product without dimensions is no array
+        np.multiply(array, np.float32(2.0 ** (exponent // 2)), out=scaled)
         scaled *= np.float32(2.0 ** (exponent - exponent // 2))
     return scaled
 
@@ -182,8 +186,10 @@ def _steps(peak: float, factors: np.ndarray, levels: int) -> np.ndarray:
 
     Without that power, levels of tiny tensors would be subnormal and inexact.
     """
-    mantissa = math.frexp(peak)[0]
-    return (mantissa * factors.astype(np.float64) / (_FULL * levels)).astype(np.float32)
+    exact = math.frexp(peak)[0] * factors.astype(np.float64) / (_FULL * levels)
+    steps = exact.astype(np.float32)
+    # Down, so that no level is beyond the peak: that may be the largest float32.
+    return np.where(steps > exact, np.nextafter(steps, np.float32(0)), steps)
 
 
 def _rows(array: np.ndarray, shape: Shape, by_channel: bool) -> np.ndarray:

@@ -47,10 +47,10 @@ def parse_codec(name: str) -> CodecName:
         parts.pop()
         feedback = True
     if parts[0].startswith("topk:"):
-        share, feedback = _share(parts.pop(0), name), True
+        share, feedback = _share(parts.pop(0), str(name)), True
         parts = parts or ["float32"]
     if len(parts) != 1 or parts[0] not in BASES:
-        raise ConfigError(f"unknown codec {name}; known: {GRAMMAR}")
+        raise ConfigError(f"unknown codec {str(name)[:40]}; known: {GRAMMAR}")
     return CodecName(parts[0], share, feedback)
 
 
@@ -60,5 +60,5 @@ def _share(part: str, name: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise ConfigError(f"topk in codec {name} must keep a share above 0 and below 1")
+        raise ConfigError(f"topk in codec {name[:40]} must keep a share above 0 and below 1")
     return share

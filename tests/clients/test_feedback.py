@@ -1,0 +1,195 @@
+"""Updates with error feedback over lost replies, restarts, other plans and damaged memories."""
+
+import numpy as np
+import pytest
+
+from clients.feedback import encode_update
+from clients.memory import ClientMemory
+from fleet.codec import decode, encode
+from fleet.errors import UpdateError
+from tests.plans import random_arrays, toy_plan
+
+WIDEST = toy_plan()
+NARROW = WIDEST.narrow(1)
+CODECS = ("float16+feedback", "int4+feedback", "topk:0.1", "topk:0.1+int4")
+WEIGHTS = [spec.name for spec in WIDEST.specs if not spec.is_statistic]
+
+
+class Device:
+    """A client whose process starts anew for every message, and whose replies may be lost."""
+
+    def __init__(self, directory, codec, run="ab"):
+        self.directory, self.codec, self.run = directory, codec, run
+        self.due = {spec.name: np.zeros(spec.shape) for spec in WIDEST.specs}
+        self.applied = {name: array.copy() for name, array in self.due.items()}
+        self.acknowledged = 0
+
+    @property
+    def memory(self):
+        return ClientMemory(self.directory, self.run, "pi-1")
+
+    def train(self, server_round, *, arrives, plan=WIDEST, update=None):
+        update = random_arrays(plan, server_round) if update is None else update
+        payload = encode_update(
+            update,
+            plan,
+            WIDEST,
+            self.codec,
+            (1, server_round),
+            self.memory,
+            server_round,
+            self.acknowledged,
+        )
+        for name, array in update.items():
+            self.due[name] += array
+        if arrives:
+            self.acknowledged = server_round
+            for name, array in decode(payload, plan).items():
+                self.applied[name] += array
+        return payload
+
+    def assert_nothing_is_missing(self, within):
+        for name in WEIGHTS:
+            scale = np.abs(self.due[name]).max()
+            np.testing.assert_allclose(
+                self.applied[name], self.due[name], atol=within * scale, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_applied_and_what_is_remembered_is_all_that_was_due(tmp_path, seed, codec):
+    rng = np.random.default_rng(seed)
+    device = Device(tmp_path, codec)
+    for server_round in range(1, 15):
+        plan = WIDEST.narrow(int(rng.integers(3)))
+        device.train(server_round, arrives=rng.random() < 0.6, plan=plan)
+    device.train(15, arrives=True)
+    remembered = device.memory.read("feedback").tensors
+    for name in WEIGHTS:
+        left = device.due[name] - device.applied[name]
+        scale = np.abs(device.due[name]).max()
+        np.testing.assert_allclose(remembered[f"left.{name}"], left, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_lost_update_is_carried_on_by_the_next(tmp_path, codec):
+    device = Device(tmp_path, codec)
+    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
+    device.train(1, arrives=False)
+    for server_round in range(2, 40):
+        device.train(server_round, arrives=server_round % 3 > 0, update=zeros)
+    device.assert_nothing_is_missing(within=0.01)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_update_that_arrived_is_not_sent_again(tmp_path, codec):
+    device = Device(tmp_path, codec)
+    update = random_arrays(WIDEST, 3)
+    first = device.train(1, arrives=True, update=update)
+    left = {name: update[name] - decode(first, WIDEST)[name] for name in WEIGHTS}
+    second = device.train(4, arrives=True, update=update)
+    due = {name: update[name] + left.get(name, 0) for name in update}
+    assert second == encode(due, WIDEST, codec, (1, 4))
+
+
+def test_a_lost_narrow_update_is_carried_on_by_a_wide_one_and_back(tmp_path):
+    device = Device(tmp_path, "topk:0.1+int4")
+    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
+    narrow = {name: zeros[name] for name in NARROW.by_name}
+    device.train(1, arrives=False, plan=NARROW)
+    device.train(2, arrives=False)
+    device.train(3, arrives=False, plan=NARROW, update=narrow)
+    for server_round in range(4, 40):
+        device.train(server_round, arrives=True, update=zeros)
+    device.assert_nothing_is_missing(within=0.01)
+
+
+def test_statistics_of_a_lost_update_are_not_carried_on(tmp_path):
+    device = Device(tmp_path, "int4+feedback")
+    device.train(1, arrives=False)
+    update = random_arrays(WIDEST, 2)
+    decoded = decode(device.train(2, arrives=True, update=update), WIDEST)
+    for spec in WIDEST.specs:
+        if spec.is_statistic:
+            np.testing.assert_allclose(decoded[spec.name], update[spec.name], rtol=2**-11)
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "int4"])
+def test_without_feedback_nothing_is_remembered(tmp_path, codec):
+    device = Device(tmp_path, codec)
+    for server_round in (1, 2):
+        update = random_arrays(WIDEST, server_round)
+        payload = device.train(server_round, arrives=False, update=update)
+        assert payload == encode(update, WIDEST, codec, (1, server_round))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_plan_changed_starts_anew(tmp_path):
+    device = Device(tmp_path, "topk:0.1+int4")
+    device.train(1, arrives=False)
+    other = toy_plan(width=7)
+    update = random_arrays(other, 2)
+    payload = encode_update(
+        update, other, other, device.codec, (1, 2), device.memory, 2, acknowledged=0
+    )
+    assert payload == encode(update, other, device.codec, (1, 2))
+    assert device.memory.read("feedback").facts["plan"] == other.digest
+
+
+def test_another_run_has_a_memory_of_its_own(tmp_path):
+    Device(tmp_path, "topk:0.1+int4", run="ab").train(1, arrives=False)
+    update = random_arrays(WIDEST, 2)
+    payload = Device(tmp_path, "topk:0.1+int4", run="cd").train(2, arrives=True, update=update)
+    assert payload == encode(update, WIDEST, "topk:0.1+int4", (1, 2))
+
+
+def test_a_damaged_memory_starts_anew(tmp_path):
+    device = Device(tmp_path / "damaged", "topk:0.1+int4")
+    device.train(1, arrives=False)
+    (file,) = tmp_path.rglob("feedback.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    update = random_arrays(WIDEST, 2)
+    payload = device.train(2, arrives=True, update=update)
+    assert payload == encode(update, WIDEST, device.codec, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"codec": "zip"}, {"codec": "int8"}, {"sent": np.zeros(7, np.uint8)}],
+    ids=["unknown codec", "another codec", "cut"],
+)
+def test_of_an_update_that_can_no_longer_be_read_the_rest_is_kept(tmp_path, changed):
+    codec = "topk:0.1+int4"
+    device = Device(tmp_path, codec)
+    device.train(1, arrives=False)
+    remembered = device.memory.read("feedback")
+    tensors = remembered.tensors | {k: v for k, v in changed.items() if k == "sent"}
+    facts = remembered.facts | {k: v for k, v in changed.items() if k == "codec"}
+    device.memory.write("feedback", tensors, facts)
+    update = random_arrays(WIDEST, 2)
+    payload = device.train(2, arrives=True, update=update)
+    due = {n: a + tensors[f"left.{n}"] if n in WEIGHTS else a for n, a in update.items()}
+    assert payload == encode(due, WIDEST, codec, (1, 2))
+
+
+def test_the_codec_may_change_within_a_run(tmp_path):
+    device = Device(tmp_path, "topk:0.1+int4")
+    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
+    device.train(1, arrives=False)
+    device.codec = "float32+feedback"
+    device.train(2, arrives=True, update=zeros)
+    device.assert_nothing_is_missing(within=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_refused_and_changes_no_memory(tmp_path):
+    device = Device(tmp_path, "topk:0.1+int4")
+    device.train(1, arrives=False)
+    (file,) = tmp_path.rglob("feedback.safetensors")
+    before = file.read_bytes()
+    broken = random_arrays(WIDEST, 2) | {"head.bias": np.array([1, np.inf, 1], np.float32)}
+    with pytest.raises(UpdateError, match=r"head\.bias holds NaN or infinity; lower the learning"):
+        device.train(2, arrives=False, update=broken)
+    assert file.read_bytes() == before
