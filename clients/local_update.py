@@ -171,18 +171,21 @@ def _afford(
     )
 
 
-def _receive(
-    client: Client, task: Task, payload: Payload
-) -> tuple[Backbone, UpdatePlan, TrainableState]:
-    """Own backbone with the server's state in it, after both sides' plans agreed."""
+def agreed_plan(client: Client, task: Task, purpose: str = "") -> tuple[Backbone, UpdatePlan]:
+    """Own backbone and the widest plan, after both sides' plans agreed.
+
+    The backbone is one that tasks of the same plan and purpose have in common.
+
+    Raises:
+        FleetError: if the server's plan is not that of this backbone.
+    """
     config = client.config.model
     if "weights" in client.node_config:
         config = replace(config, weights=str(client.node_config["weights"]))
     asked = task.plan
     local = client.config.local
-    backbone = _backbone(
-        config, task.classes, client.config.seed, local.device, str(asked.get("digest"))
-    )
+    use = f"{asked.get('digest')} {purpose}"
+    backbone = _backbone(config, task.classes, client.config.seed, local.device, use)
     plan = make_plan(
         backbone,
         method=str(asked.get("method")),
@@ -190,6 +193,14 @@ def _receive(
         train_tail=bool(asked.get("train_tail")),
     )
     plan.check_same(asked)
+    return backbone, plan
+
+
+def _receive(
+    client: Client, task: Task, payload: Payload
+) -> tuple[Backbone, UpdatePlan, TrainableState]:
+    """Own backbone with the server's state in it, after both sides' plans agreed."""
+    backbone, plan = agreed_plan(client, task)
     state = TrainableState(plan, decode(payload, plan))
     load(backbone.model, state)
     return backbone, plan, state
@@ -199,7 +210,7 @@ def _receive(
 # clients of a process. Another plan may leave out what was trained: it gets a new one.
 @lru_cache(maxsize=1)
 def _backbone(
-    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, plan_digest: str
+    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, use: str
 ) -> Backbone:
     backbone = load_backbone(
         config.backbone,
