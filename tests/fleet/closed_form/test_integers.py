@@ -52,7 +52,7 @@ def test_bytes_that_are_cut_padded_or_changed_are_refused():
         read(data[:-3], magnitudes)
     with pytest.raises(UpdateError, match="moments have 2 bytes too many; they were padded"):
         read(data + b"xx", magnitudes)
-    with pytest.raises(UpdateError, match="do not inflate: .*; they were changed on the way"):
+    with pytest.raises(UpdateError, match=r"do not inflate: .*; they were changed on the way"):
         read(data[:4] + b"\xff\xff" + data[6:], magnitudes)
     with pytest.raises(UpdateError, match="do not inflate to the 101 numbers expected"):
         read(data, np.full(101, 16))
