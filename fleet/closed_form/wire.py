@@ -97,7 +97,7 @@ def decode_moments(
     gram[columns, rows] = gram[rows, columns]
     np.fill_diagonal(gram, diagonal)
     if not pivots.all():
-        gram = _completed(gram, pivots)
+        gram = _completed(gram, pivots, 1 / 2)
     if gram is None or _checksum(gram) != checksum:
         raise UpdateError("moments do not match their checksum; they were changed on the way")
     moments = Moments(gram, sums, counts, exponent)
@@ -211,29 +211,36 @@ def _entries(pivots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _pivots(gram: np.ndarray, num_examples: int) -> np.ndarray:
     """(D,) bool: rows of which all others follow; all rows where few would not do.
 
-    They come from Cholesky's algorithm with pivoting.
+    They come from Cholesky's algorithm with pivoting. Of features that are not
+    nearly a combination of those before, the one that varies least is next: its
+    products are the smallest, so they take the fewest bytes.
     """
     most = len(gram) // 2  # beyond, there is a quarter to save at most, at growing cost
     everything = np.ones(len(gram), bool)
     if num_examples > most:
         return everything
+    squares = np.maximum(gram.diagonal(), 1).astype(np.float64)
     left = gram.diagonal().astype(np.float64)
     factor, pivots = np.zeros((len(gram), most)), np.zeros(len(gram), bool)
     for k in range(most):
-        pivot = int(left.argmax())
-        if left[pivot] < 1e-3:  # of a step²
+        if left.max() < 1e-3:  # of a step²
             break
+        worth = np.where(left > 0.05 * squares, left / squares**1.5, -1 / np.maximum(left, 1e-9))
+        pivot = int(worth.argmax())
         column = gram[:, pivot] - factor[:, :k] @ factor[pivot, :k]
         factor[:, k] = column / np.sqrt(left[pivot])
         left -= np.square(factor[:, k])
         left[pivot] = 0
         pivots[pivot] = True
-    completed = _completed(gram, pivots)
+    completed = _completed(gram, pivots, 1 / 16)  # far from where another machine may round apart
     return pivots if completed is not None and np.array_equal(completed, gram) else everything
 
 
-def _completed(gram: np.ndarray, pivots: np.ndarray) -> np.ndarray | None:
-    """The matrix with the rest made from its pivots' rows; None if that is no matrix."""
+def _completed(gram: np.ndarray, pivots: np.ndarray, slack: float) -> np.ndarray | None:
+    """The matrix with the rest made from its pivots' rows.
+
+    None if that is no symmetric matrix, or has a number further than `slack` from a whole one.
+    """
     among, beside = gram[np.ix_(pivots, pivots)], gram[np.ix_(pivots, ~pivots)].astype(np.float64)
     try:
         with np.errstate(all="ignore"):
@@ -242,11 +249,11 @@ def _completed(gram: np.ndarray, pivots: np.ndarray) -> np.ndarray | None:
         return None
     if not (np.abs(rest) < 2**53).all():
         return None
-    rest = np.rint(rest).astype(np.int64)
-    if not np.array_equal(rest, rest.T):
+    whole = np.rint(rest)
+    if (np.abs(rest - whole) > slack).any() or not np.array_equal(whole, whole.T):
         return None
     completed = gram.copy()
-    completed[np.ix_(~pivots, ~pivots)] = rest
+    completed[np.ix_(~pivots, ~pivots)] = whole.astype(np.int64)
     return completed
 
 
