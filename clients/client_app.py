@@ -6,13 +6,17 @@ from functools import wraps
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.local_update import Client, enrol, evaluate_task, train_task
+from clients.client import Client
+from clients.head_start import moments_task
+from clients.local_update import enrol, evaluate_task, train_task
 from fleet.config import read_config
 from fleet.errors import FleetError
 from fleet.message import (
+    read_exponent,
     read_state,
     read_task,
     refusal,
+    write_bytes,
     write_enrolment,
     write_metrics,
     write_update,
@@ -43,6 +47,14 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
 def query(client: Client, content: RecordDict) -> RecordDict:
     """Introduce this client."""
     return write_enrolment(enrol(client))
+
+
+@app.query("moments")
+@_answering
+def moments(client: Client, content: RecordDict) -> RecordDict:
+    """Send the moments of this client's features, from which a first head is solved."""
+    task = read_task(content)
+    return write_bytes(moments_task(client, task, read_exponent(content)), task.token)
 
 
 @app.train()

@@ -8,17 +8,19 @@ import torch.nn as nn
 
 from clients.memory import ClientMemory
 from fleet.config import FederationConfig
+from fleet.message import Task
 from fleet.objective import Proximal, feddyn, fedprox, next_gradients
 from fleet.plan import TensorSpec, UpdatePlan
 from fleet.state import Arrays
 
 NORMS, DYNAMIC = "norms", "dynamic"  # parts of the memory
+_BEFORE, _SENT = "before.", "sent."  # prefixes of the tensors of one
 
 
 def load_norms(
-    model: nn.Module, plan: UpdatePlan, memory: ClientMemory, pretrained: Arrays
+    model: nn.Module, plan: UpdatePlan, memory: ClientMemory | None, pretrained: Arrays
 ) -> None:
-    """Give a model the client's own norms, in place.
+    """Give a model the client's own norms, in place; without a memory the pretrained ones.
 
     Norms that this client has not trained in this run are the pretrained ones.
 
@@ -29,7 +31,7 @@ def load_norms(
     Source: Li et al., FedBN, arXiv:2102.07623, where all of a norm stays; here,
     what the method trains of it, and the rest is the same everywhere.
     """
-    own = _remembered(memory, NORMS, plan.local_specs) if plan.local_specs else {}
+    own = _remembered(memory, NORMS, plan.local_specs) if memory and plan.local_specs else {}
     tensors = model.state_dict()
     with torch.no_grad():
         for spec in plan.local_specs:
@@ -64,36 +66,67 @@ def pretrained_norms(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def objective(
-    config: FederationConfig, received: Arrays, plan: UpdatePlan, memory: ClientMemory
+    config: FederationConfig,
+    received: Arrays,
+    plan: UpdatePlan,
+    memory: ClientMemory,
+    acknowledged: int,
 ) -> Proximal | None:
     """The term beside the loss; None for the loss alone.
 
     Args:
         received: parameters that this client trains, as the round began.
         plan: the server's.
+        acknowledged: round of the client's last update that the server admitted.
     """
     strength = config.objective_strength
     if config.objective == "plain":
         return None
     if config.objective == "fedprox":
         return fedprox(received, strength)
-    return feddyn(received, strength, _remembered(memory, DYNAMIC, plan.specs))
+    return feddyn(received, strength, _gradients(memory, plan, strength, acknowledged))
 
 
 def keep_gradients(
-    config: FederationConfig, sent: Arrays, plan: UpdatePlan, memory: ClientMemory
+    config: FederationConfig, sent: Arrays, plan: UpdatePlan, memory: ClientMemory, task: Task
 ) -> None:
-    """Remember what FedDyn's next round needs.
+    """Remember what FedDyn's next round needs: the gradients before this round, and its update.
+
+    Whether the update moves them is known only as the server acknowledges it;
+    one that was lost moves them on neither side.
 
     Args:
         sent: deltas of the trained parameters, as the server reads them.
         plan: the server's.
+        task: of this round.
 
     Raises:
         ConfigError: if it cannot be written.
     """
-    before = _remembered(memory, DYNAMIC, plan.specs)
-    memory.write(DYNAMIC, next_gradients(before, config.objective_strength, sent))
+    before = _gradients(memory, plan, config.objective_strength, task.acknowledged)
+    tensors = {_BEFORE + n: a for n, a in before.items()} | {_SENT + n: a for n, a in sent.items()}
+    memory.write(DYNAMIC, tensors, {"round": str(task.server_round)})
+
+
+def _gradients(
+    memory: ClientMemory, plan: UpdatePlan, strength: float, acknowledged: int
+) -> Arrays:
+    """FedDyn's gradients after all updates that the server admitted."""
+    found = memory.read(DYNAMIC)
+    if found is None:
+        return {}
+    before, sent = (
+        _fitting({n.removeprefix(p): a for n, a in found.tensors.items() if n.startswith(p)}, plan)
+        for p in (_BEFORE, _SENT)
+    )
+    if found.facts["round"] != str(acknowledged):
+        return before
+    return next_gradients(before, strength, sent)
+
+
+def _fitting(tensors: Arrays, plan: UpdatePlan) -> dict[str, np.ndarray]:
+    shapes = {spec.name: spec.shape for spec in plan.specs}
+    return {n: a for n, a in tensors.items() if shapes.get(n) == a.shape}
 
 
 def _remembered(

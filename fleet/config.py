@@ -238,6 +238,9 @@ class FederationConfig:
     codec_down: str = setting(
         "codec-down", "of the server's steps, as codec-up; float32 sends the state each time"
     )
+    head_start: bool = setting(
+        "head-start", "solve for the first head by ridge regression, as round 0"
+    )
     rule: str = setting(
         "rule", "how a round's updates become one: mean, clipped_mean, … (see README)"
     )

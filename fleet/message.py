@@ -180,6 +180,23 @@ def read_token(content: RecordDict) -> str:
     return token if isinstance(token, str) else ""
 
 
+def write_exponent(exponent: int) -> RecordDict:
+    """What a task of round 0 says beside the task itself."""
+    return RecordDict({"moments": ConfigRecord({"exponent": exponent})})
+
+
+def read_exponent(content: RecordDict) -> int:
+    """What `write_exponent` wrote.
+
+    Raises:
+        UpdateError: if there is none.
+    """
+    try:
+        return int(content["moments"]["exponent"])
+    except _MALFORMED as error:
+        raise _unreadable("exponent", error) from error
+
+
 def write_metrics(metrics: Mapping[str, int | float], token: str = "") -> RecordDict:
     """Numbers alone, as the content of a reply."""
     header = ConfigRecord({"token": token})

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from clients.client import SIMULATED_STATE
 from clients.local_data import local_data
-from clients.local_update import SIMULATED_STATE
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError

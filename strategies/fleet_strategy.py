@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from logging import INFO
+from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -12,19 +12,23 @@ from flwr.serverapp.strategy import Strategy
 from fleet.config import FederationConfig
 from fleet.errors import UpdateError
 from fleet.evaluation import Evaluation
-from fleet.message import LOST_VERSION, content_bytes
+from fleet.message import LOST_VERSION, content_bytes, write_exponent
 from fleet.plan import UpdatePlan
 from fleet.records import RoundReport
 from fleet.report import round_line
 from fleet.state import TrainableState
 from strategies.algorithm import Algorithm
 from strategies.gate import Gate
+from strategies.head_start import HeadStarter
 from strategies.ledger import Ledger
 from strategies.outbox import Outbox
 from strategies.sampling import Roster, sample
 from strategies.spool import Spool
 from strategies.streaming import StreamingGrid, close
 from strategies.tokens import Tokens
+
+_MAX_REASON = 2000  # characters of a client's own words; a traceback says most at its end
+_MOMENTS = f"{MessageType.QUERY}.moments"  # `query("moments")` of the ClientApp
 
 
 class FleetStrategy(Strategy):
@@ -40,6 +44,7 @@ class FleetStrategy(Strategy):
         evaluate: evaluates a state on the server; None leaves it to the clients.
         on_round: is given each round's report as the round ends.
         run: hexadecimal id under which clients remember this run.
+        head_start: solves for the first head as round 0; None: it is what it is.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class FleetStrategy(Strategy):
         evaluate: Callable[[TrainableState], Evaluation] | None = None,
         on_round: Callable[[RoundReport], None] = lambda report: None,
         run: str | None = None,
+        head_start: HeadStarter | None = None,
     ) -> None:
         self.state = initial
         self.reports: list[RoundReport] = []
@@ -62,6 +68,7 @@ class FleetStrategy(Strategy):
         self._algorithm = algorithm
         self._evaluate = evaluate
         self._on_round = on_round
+        self._head_start = head_start
         self._memory = algorithm.init(initial)
         self._tokens = Tokens()
         self._outbox = Outbox(
@@ -78,6 +85,8 @@ class FleetStrategy(Strategy):
     def run(self, grid: Grid) -> TrainableState:
         """All rounds; returns the last state."""
         self._grid = StreamingGrid(grid)
+        if self._head_start is not None:
+            self._solve_head(self._head_start)
         self.start(
             self._grid,
             ArrayRecord(),
@@ -152,6 +161,35 @@ class FleetStrategy(Strategy):
             )
         return None
 
+    def _solve_head(self, head_start: HeadStarter) -> None:
+        """Round 0: every client sends the moments of its features."""
+        online = self._roster.online(self._config.min_clients)
+        more = write_exponent(head_start.exponent)
+        self._asked = self._outbox.ask(online, _MOMENTS, more, self._ledger)
+        self._ledger.asked = tuple(sorted(online))
+        replies = self._grid.send_and_receive(
+            list(self._asked.values()), timeout=self._config.round_timeout
+        )
+        gate = Gate(self.plan, self._config.codec_up, self._tokens.spend)
+        sent = {}
+        for name, content, nbytes in self._answers(replies):
+            try:
+                sent[name] = gate.admit_bytes(content, name, nbytes, head_start.most_bytes)
+            except UpdateError as error:
+                self._ledger.refused[name] = str(error)
+        close(replies)
+        try:
+            start = head_start.solve(sent)
+        except UpdateError as error:
+            log(WARNING, "no head start: %s", error)
+            self._ledger.refused |= dict.fromkeys(sent, str(error))
+            return
+        self._ledger.refused |= start.refused
+        self._ledger.stepped = True
+        self.state = start.into(self.state, head_start.head)
+        self._memory = self._algorithm.init(self.state)
+        self._outbox.versions.advance(self.state, [self._seed, 0])
+
     def _send(self, server_round: int, nodes: Mapping[str, int], kind: str) -> list[Message]:
         self._asked = self._outbox.write(server_round, nodes, kind, self._ledger)
         return list(self._asked.values())
@@ -177,7 +215,7 @@ class FleetStrategy(Strategy):
                 if reply.has_error():
                     if reply.error.code == LOST_VERSION:
                         self._outbox.lost(name)
-                    self._ledger.refused[name] = str(reply.error.reason)
+                    self._ledger.refused[name] = str(reply.error.reason)[-_MAX_REASON:]
                 else:
                     self._outbox.arrived(name)
                     yield name, reply.content, nbytes

@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 from fleet.codec import EncodedArrays, most_bytes, parse_codec
 from fleet.errors import UpdateError
 from fleet.evaluation import Evaluation
-from fleet.message import read_metrics, read_token, read_update
+from fleet.message import read_bytes, read_metrics, read_token, read_update
 from fleet.plan import UpdatePlan
 from fleet.state import ClientUpdate
 
@@ -102,6 +102,19 @@ class Gate:
         return Evaluation(
             _num_examples(metrics), _number(metrics, "loss"), _number(metrics, "accuracy")
         )
+
+    def admit_bytes(self, content: RecordDict, client: str, nbytes: int, most: int) -> bytes:
+        """The bytes of a reply that holds nothing else.
+
+        Args:
+            most: how many an honest one may have.
+
+        Raises:
+            UpdateError: with the reason why the reply does not count.
+        """
+        check_bytes(nbytes, most)
+        self.spend(client, read_token(content))
+        return read_bytes(content)
 
 
 def check_bytes(nbytes: int, of_tensors: int) -> None:

@@ -68,11 +68,17 @@ class Outbox:
             messages[name] = Message(content, node, kind)
         return messages
 
-    def ask(self, nodes: Mapping[str, int], kind: str, ledger: Ledger) -> dict[str, Message]:
-        """A message to each client that takes no state with it."""
+    def ask(
+        self, nodes: Mapping[str, int], kind: str, more: RecordDict, ledger: Ledger
+    ) -> dict[str, Message]:
+        """A message of round 0 to each client, without a state.
+
+        Args:
+            more: what it says beside the task.
+        """
         messages = {}
         for name, node in nodes.items():
-            content = write_task(self._task(name, 0))
+            content = RecordDict({**write_task(self._task(name, 0)), **more})
             ledger.down.add(name, content_bytes(content))
             messages[name] = Message(content, node, kind)
         return messages

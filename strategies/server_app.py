@@ -24,6 +24,7 @@ from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
 from strategies.algorithm import algorithm
 from strategies.fleet_strategy import FleetStrategy
+from strategies.head_start import HeadStarter
 from strategies.sampling import Roster
 
 app = ServerApp()
@@ -89,6 +90,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         evaluate=evaluate_state if test else None,
         on_round=end_round,
         run=secrets.token_hex(8),
+        head_start=HeadStarter.of(backbone) if federation.head_start else None,
     )
     strategy.run(grid)
     _check_trained(strategy.reports)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from numpy.testing import assert_array_equal
 
-from clients import local_update
+from clients.client import Client
 from clients.local_data import local_data
-from clients.local_update import Client, enrol, evaluate_task, train_task
+from clients.local_update import enrol, evaluate_task, train_task
+from clients.model import receive
 from fleet.backbones import load_backbone
 from fleet.codec import Versions, decode
 from fleet.config import default_settings, read_config
@@ -204,7 +205,7 @@ def test_what_the_plan_leaves_out_is_not_trained():
     own = client()
     backbone, plan, task, payload = server()
     train_task(own, task, payload)
-    used, _, _ = local_update._receive(own, task, payload)
+    used, _, _ = receive(own, task, payload)
     for name, tensor in backbone.model.state_dict().items():
         if name not in plan.by_name and not name.endswith("num_batches_tracked"):
             assert_array_equal(used.model.state_dict()[name], tensor, err_msg=name)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from clients.local_update import Client, evaluate_task, train_task
+from clients.client import Client
+from clients.local_update import evaluate_task, train_task
 from fleet.backbones import load_backbone
 from fleet.codec import decode, encode
 from fleet.config import default_settings, read_config

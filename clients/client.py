@@ -1,0 +1,75 @@
+"""Who a client is, and what of the run's settings its device decides itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.memory import ClientMemory, state_directory
+from fleet.config import RunConfig, Value, budget
+from fleet.errors import ConfigError
+from fleet.planner import MIB, available_bytes
+
+SIMULATED_STATE = "clients"  # in the folder of the run
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who trains, on what, and how much of the plan.
+
+    Attributes:
+        name: stable over rounds and restarts.
+        node_config: what this device was started with. `name`, `data`,
+            `blocks`, `budget-mib` and `weights` are its own; `partition-id` and
+            `num-partitions` come from a simulation.
+        config: the run's.
+    """
+
+    name: str
+    node_config: Mapping[str, Value]
+    config: RunConfig
+
+    @classmethod
+    def of(cls, node_id: int, node_config: Mapping[str, Value], config: RunConfig) -> "Client":
+        """A client named by its configuration, its partition or, failing both, its node."""
+        fallback = f"node-{node_id}"
+        if "partition-id" in node_config:
+            fallback = f"client-{int(node_config['partition-id']):04d}"
+        return cls(str(node_config.get("name", fallback)), node_config, config)
+
+    def blocks(self, widest: int) -> int:
+        """How many of the plan's blocks this client trains."""
+        if "blocks" in self.node_config:
+            return min(_whole_number("blocks", self.node_config["blocks"]), widest)
+        if "partition-id" in self.node_config:
+            partition_id = int(self.node_config["partition-id"])
+            return min(self.config.plan.blocks_of(partition_id), widest)
+        return widest
+
+    def budget_bytes(self) -> int | None:
+        """Memory that this client's training may take; None: as much as it likes."""
+        config = self.config.budget
+        mib = config.of(int(self.node_config.get("partition-id", 0)))
+        if "budget-mib" in self.node_config:
+            mib = budget(self.node_config["budget-mib"])
+        if mib == "auto":
+            return available_bytes(round(config.reserve_mib * MIB))
+        return None if mib == "off" else round(mib * MIB)
+
+    def memory(self, run: str) -> ClientMemory:
+        """What this client remembers of a run; a simulated one does so in the run's folder.
+
+        Raises:
+            UpdateError: if the run's id is none.
+        """
+        setting = self.config.state_dir
+        if not setting and self.config.run_dir and "partition-id" in self.node_config:
+            setting = str(Path(self.config.run_dir) / SIMULATED_STATE)
+        return ClientMemory(state_directory(setting), run, self.name)
+
+
+def _whole_number(key: str, value: Value) -> int:
+    if type(value) is not int or value < 0:
+        raise ConfigError(
+            f"{key} in this node's configuration must be a whole number from 0 on, got {value!r}"
+        )
+    return value

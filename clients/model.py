@@ -1,0 +1,115 @@
+"""A client's model: the server's plan of its backbone, and the server's state in it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from clients.client import Client
+from clients.memory import ClientMemory
+from clients.personal import load_norms, pretrained_norms
+from fleet.backbones import Backbone, load_backbone
+from fleet.codec import FULL_STATE, Download, follow, parse_codec
+from fleet.config import ModelConfig
+from fleet.message import Task
+from fleet.plan import UpdatePlan, make_plan
+from fleet.state import TrainableState, capture, load
+from fleet.train import pick_device
+
+
+@dataclass(frozen=True)
+class Model:
+    """A client's backbone, and what the server wants of it.
+
+    Attributes:
+        backbone: all tasks of a process have it in common.
+        plan: the server's widest.
+        initial: its state before any training.
+        norms: all norms of the backbone, before any training.
+    """
+
+    backbone: Backbone
+    plan: UpdatePlan
+    initial: TrainableState
+    norms: dict[str, np.ndarray]
+
+    def reset(self) -> None:
+        """As pretrained again, whatever was trained since."""
+        load(self.backbone.model, self.initial)
+        load_norms(self.backbone.model, self.plan, None, self.norms)
+
+
+def agree(client: Client, task: Task) -> Model:
+    """The client's model, after both sides' plans agreed.
+
+    Raises:
+        FleetError: if the server's plan is not that of this backbone, naming what differs.
+    """
+    config = client.config.model
+    if "weights" in client.node_config:
+        config = replace(config, weights=str(client.node_config["weights"]))
+    return _load(
+        config,
+        task.classes,
+        client.config.seed,
+        client.config.local.device,
+        json.dumps(task.plan, sort_keys=True),
+    )
+
+
+def receive(
+    client: Client, task: Task, download: Download
+) -> tuple[Backbone, UpdatePlan, TrainableState]:
+    """Own backbone with the server's state and own norms in it.
+
+    Raises:
+        FleetError: if the plans do not agree, or the state is none.
+        UnknownVersion: if this client holds no version that the steps start from.
+    """
+    own = agree(client, task)
+    memory = client.memory(task.run)
+    state = follow(download, own.plan, _held(memory, own))
+    if parse_codec(client.config.federation.codec_down) != parse_codec(FULL_STATE):
+        memory.write("version", state.tensors, {"plan": own.plan.digest})
+    load(own.backbone.model, state)
+    load_norms(own.backbone.model, own.plan, memory, own.norms)
+    return own.backbone, own.plan, state
+
+
+def _held(memory: ClientMemory, own: Model) -> Iterator[TrainableState]:
+    """States that the server's steps may start from: the last received, the pretrained one."""
+    remembered = memory.read("version")
+    if remembered is not None and remembered.facts["plan"] == own.plan.digest:
+        yield TrainableState(own.plan, remembered.tensors)
+    yield own.initial
+
+
+# Whatever a client trains, the next task's state and norms overwrite: one model serves
+# all clients of a process. Another plan may leave out what was trained: it gets a new one.
+@lru_cache(maxsize=1)
+def _load(
+    config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, asked: str
+) -> Model:
+    """Load the backbone and derive the plan whose summary, as JSON, is `asked`."""
+    backbone = load_backbone(
+        config.backbone,
+        num_classes=len(classes),
+        classes=classes,
+        image_size=config.image_size,
+        weights=config.weights,
+        seed=seed,
+    )
+    summary = json.loads(asked)
+    plan = make_plan(
+        backbone,
+        method=str(summary.get("method")),
+        blocks=int(summary.get("blocks", 0)),
+        train_tail=bool(summary.get("train_tail")),
+        local_norms=bool(summary.get("local_norms")),
+    )
+    plan.check_same(summary)
+    initial = capture(backbone.model, plan)
+    backbone.model.to(pick_device(device))
+    return Model(backbone, plan, initial, pretrained_norms(backbone.model))
