@@ -1,4 +1,4 @@
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,12 +114,15 @@ def test_a_message_that_the_app_has_no_handler_for_is_an_error():
     assert reply.has_error()
 
 
-def test_clients_after_the_deadline_are_not_run():
+def test_clients_after_the_deadline_are_not_run(monkeypatch):
     ran = []
+    clock = SimpleNamespace(now=0.0)  # that of a busy machine may jump over a deadline
+    engine_time = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr("simulations.local_engine.time", engine_time)
 
     def slow(message, context):
         ran.append(partition_of(message, context))
-        time.sleep(0.2)
+        clock.now += 0.2
         return 0
 
     grid = LocalGrid(app_of(slow), 5, {})
