@@ -1,9 +1,10 @@
 # make demo: a fleet of unequal devices fine-tunes a real model on this machine
-# make test: the test suite
+# make test: the test suite, by WORKERS processes, each of which takes a file of tests at a time
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test lint clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m simulations.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

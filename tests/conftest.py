@@ -1,6 +1,23 @@
-"""What runs cache and clients remember goes to folders of the test session, not to the user's."""
+"""What runs cache and clients remember goes to folders of the session; long files begin first."""
+
+from pathlib import Path
 
 import pytest
+
+# Files that take longest, most of them because they start processes. With several workers
+# (`make test`), each of which takes a file at a time, no worker is left alone with them.
+LONG_FILES = (
+    "test_deployment.py",
+    "test_launch.py",
+    "test_memory_limit.py",
+    "test_flwr_run.py",
+    "test_finetune.py",
+    "test_inverted_residual.py",
+    "test_dry_run.py",
+    "test_cli.py",
+    "test_planner.py",
+    "test_server_app.py",
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +32,13 @@ def client_memories(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEET_STATE", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        items.sort(key=_place)  # stable: a file's own order stays
+
+
+def _place(item):
+    name = Path(item.path).name
+    return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)

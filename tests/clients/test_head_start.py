@@ -8,7 +8,7 @@ from clients.local_data import local_data
 from clients.local_update import train_task
 from fleet.backbones import load_backbone
 from fleet.closed_form import decode_moments, moments_of
-from fleet.codec import encode
+from fleet.codec import Versions
 from fleet.config import default_settings, read_config
 from fleet.errors import ConfigError, PlanError
 from fleet.message import Task
@@ -40,7 +40,7 @@ def server(classes=CLASSES):
         "mobilenet_v3_small", num_classes=len(classes), image_size=32, weights="none"
     )
     plan = make_plan(backbone, method="mobiletl", blocks=2)
-    return backbone, plan, Task(plan.summary(), classes, 0)
+    return backbone, plan, Task(plan.summary(), classes, 0, "0f")
 
 
 def read(data, classes=10):
@@ -65,7 +65,7 @@ def test_moments_are_those_of_the_client_s_training_images():
 def test_they_are_of_the_pretrained_weights_whatever_was_trained_before():
     backbone, plan, task = server()
     before = moments_task(client(), task, EXPONENT)
-    state = encode(capture(backbone.model, plan).tensors, plan)
+    state = Versions(capture(backbone.model, plan), "float32").download(None)
     train_task(client(learning_rate=0.5), task, state)
     assert moments_task(client(), task, EXPONENT) == before
 
@@ -85,7 +85,7 @@ def test_what_round_1_needs_of_the_frozen_part_is_cached_by_then(monkeypatch, tm
     moments_task(client(), task, EXPONENT)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert files
-    train_task(client(), task, encode(capture(backbone.model, plan).tensors, plan))
+    train_task(client(), task, Versions(capture(backbone.model, plan), "float32").download(None))
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
 
 

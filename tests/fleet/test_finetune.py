@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -102,27 +103,36 @@ def test_backbone_by_name_learns_digits():
     assert fitted.losses == tuple(loss for _, loss in told) and told[2][1] < told[0][1]
 
 
-@pytest.mark.parametrize("budget_mib", [8, 12, 24])
-def test_training_stays_within_the_budget(digits, budget_mib):
+BUDGETS = (8, 12, 24)  # MiB
+
+
+@pytest.fixture(scope="module")
+def fitted_within(digits):
+    """Function (budget in MiB) → what was fitted within it, once for all tests."""
+
+    @cache
+    def fit(budget_mib):
+        return fleet.fit(
+            "efficientnet_lite0",
+            digits,
+            budget_mib=budget_mib,
+            settings={"weights": "none"},
+            **SMALL,
+        )
+
+    return fit
+
+
+@pytest.mark.parametrize("budget_mib", BUDGETS)
+def test_training_stays_within_the_budget(fitted_within, budget_mib):
     """By more than a tenth it is not allowed to be missed; the next larger plan would."""
-    fitted = fleet.fit(
-        "efficientnet_lite0", digits, budget_mib=budget_mib, settings={"weights": "none"}, **SMALL
-    )
+    fitted = fitted_within(budget_mib)
     assert fitted.peak_bytes <= 1.02 * budget_mib * MIB
     assert fitted.peak_bytes > 0.4 * budget_mib * MIB
 
 
-def test_larger_budgets_train_more_blocks(digits):
-    blocks = [
-        fleet.fit(
-            "efficientnet_lite0",
-            digits.subset(range(8)),
-            budget_mib=budget,
-            settings={"weights": "none"},
-            **SMALL,
-        ).plan.blocks
-        for budget in (8, 12, 24)
-    ]
+def test_larger_budgets_train_more_blocks(fitted_within):
+    blocks = [fitted_within(budget).plan.blocks for budget in BUDGETS]
     assert blocks == sorted(set(blocks))
 
 

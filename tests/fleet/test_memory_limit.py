@@ -4,11 +4,12 @@ Each contender takes three steps in a process of its own, run as
 
 python tests/fleet/test_memory_limit.py METHOD [ALLOWANCE_MIB]
 
-whose private memory (RLIMIT_DATA) may grow no further than by MobileTL's
-predicted peak, 30 MiB, and the allowance. That of `blocks` is 153 MiB, that of
-`full` 1272 MiB.
+whose private memory (RLIMIT_DATA) may grow no further beyond what it uses than
+by MobileTL's predicted peak, 30 MiB, and the allowance. That of `blocks` is
+153 MiB, that of `full` 1272 MiB.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import pytest
 
 MIB = 2**20
 IMAGE_SIZE, BATCH_SIZE, BLOCKS, STEPS = 160, 32, 5, 3
-# For what PyTorch's allocator does not count: gaps of the C library's heap and compiled
-# kernels. By the command above `mobiletl` got by with 48 MiB, not with 32; `blocks` not with 110.
+# For what PyTorch's allocator does not count: gaps of the C library's heap and compiled kernels.
+# By the command above `mobiletl` got by with 60 MiB, `blocks` did not with 110. Forks of eleven
+# such processes, whose heaps' pieces lay where they happened to, needed from 51 to 58.
 ALLOWANCE_MIB = 64
 OUT_OF_MEMORY = (
     r"not enough memory|can't allocate memory|Cannot allocate memory|MemoryError|bad_?alloc"
@@ -48,8 +50,8 @@ def ran_out_of_memory(done):
 
 
 def is_enforced():
-    """Whether the system heeds the limit at all; some sandboxes do not."""
-    if sys.platform != "linux":
+    """Whether the system heeds the limit at all, some sandboxes do not, and tells free heap."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
         return False
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2**27, 2**27))\n"
@@ -60,7 +62,7 @@ def is_enforced():
 
 
 pytestmark = pytest.mark.skipif(
-    not is_enforced(), reason="needs Linux, which holds a process to RLIMIT_DATA"
+    not is_enforced(), reason="needs Linux, which holds a process to RLIMIT_DATA, and glibc 2.33"
 )
 
 
@@ -87,8 +89,10 @@ def test_without_the_limit_all_of_them_train(method):
 
 
 def test_the_limit_could_be_tighter_for_mobiletl_and_wider_for_stock():
-    assert train("mobiletl", ALLOWANCE_MIB - 10).returncode == 0
-    assert ran_out_of_memory(train("blocks", ALLOWANCE_MIB + 32))
+    tight = train("mobiletl", ALLOWANCE_MIB - 4)
+    assert tight.returncode == 0, tight.stderr
+    wide = train("blocks", ALLOWANCE_MIB + 42)
+    assert ran_out_of_memory(wide), wide.stdout + wide.stderr
 
 
 def _main(method, allowance_mib=None):
@@ -122,7 +126,7 @@ def _main(method, allowance_mib=None):
         return images[: part.stop - part.start].clone(memory_format=torch.channels_last)
 
     if allowance_mib is not None:
-        most = data_bytes() + predicted + int(allowance_mib) * MIB
+        most = used_bytes() + predicted + int(allowance_mib) * MIB
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     losses = []
     for _ in range(STEPS):
@@ -137,11 +141,29 @@ def _main(method, allowance_mib=None):
     print(json.dumps({"losses": losses, "unmoved": unmoved}))
 
 
-def data_bytes():
-    """Private memory that this process may write to: what RLIMIT_DATA bounds."""
+def used_bytes():
+    """Private memory that this process may write to, which RLIMIT_DATA bounds, less free heap.
+
+    How much of its heap is free when the model has been built differs from
+    process to process, and a step takes from it what the limit does not see.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("VmData:"))
-    return int(line.split()[1]) * 1024
+    tell = ctypes.CDLL(None).mallinfo2
+    tell.restype = _HeapInfo
+    return int(line.split()[1]) * 1024 - tell().fordblks
+
+
+class _HeapInfo(ctypes.Structure):
+    """Source: mallinfo2(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
 
 if __name__ == "__main__":

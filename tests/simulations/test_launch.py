@@ -222,7 +222,11 @@ def test_an_interrupted_run_on_flower_leaves_no_process_behind(tmp_path):
     pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
     run_dir = tmp_path / "run"
     settings = SMALL | {"rounds": 200, "run-dir": str(run_dir)}
-    code = f"from simulations import simulate; simulate({settings!r}, engine='flower')"
+    code = (
+        # Python leaves an interrupt ignored where its parent does, as a shell's background job.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from simulations import simulate; simulate({settings!r}, engine='flower')"
+    )
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     family = []
     try:

@@ -1,4 +1,4 @@
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,8 +90,8 @@ def test_a_client_keeps_its_state_between_messages():
         return seen["n"]
 
     grid = LocalGrid(app_of(count), 2, {})
-    first, second = questions(grid)
-    assert numbers(grid.send_and_receive([first, first, second])) == [1, 2, 1]
+    (first, second), (again, _) = questions(grid), questions(grid)
+    assert numbers(grid.send_and_receive([first, again, second])) == [1, 2, 1]
 
 
 def test_what_a_client_raises_is_its_reply_and_the_others_go_on():
@@ -114,12 +114,15 @@ def test_a_message_that_the_app_has_no_handler_for_is_an_error():
     assert reply.has_error()
 
 
-def test_clients_after_the_deadline_are_not_run():
+def test_clients_after_the_deadline_are_not_run(monkeypatch):
     ran = []
+    clock = SimpleNamespace(now=0.0)  # that of a busy machine may jump over a deadline
+    engine_time = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr("simulations.local_engine.time", engine_time)
 
     def slow(message, context):
         ran.append(partition_of(message, context))
-        time.sleep(0.2)
+        clock.now += 0.2
         return 0
 
     grid = LocalGrid(app_of(slow), 5, {})
@@ -133,7 +136,7 @@ def test_pushed_messages_are_answered_once_when_pulled():
     asked = questions(grid)
     ids = list(grid.push_messages(asked))
     assert ids == [question.metadata.message_id for question in asked]
-    assert numbers(grid.pull_messages(ids[1:])) == [1, 2]
+    assert [numbers(grid.pull_messages(ids[1:])) for _ in range(2)] == [[1], [2]]
     assert numbers(grid.pull_messages(ids)) == [0]
     assert list(grid.pull_messages([*ids, "none such"])) == []
 

@@ -109,6 +109,7 @@ def run(scripted_grid, initial):
             0,
             compose(rule, optimizer or sgd()),
             evaluate=evaluate,
+            run="00ff00ff00ff00ff",
         )
         strategy.run(grid)
         sent = [m for m in grid.sent if m.metadata.message_type != "query"]
@@ -216,7 +217,7 @@ def test_every_client_is_sent_the_state_of_the_round(run, updates, initial):
 def test_every_message_names_the_run(run, updates):
     _, sent, _ = run(answers(updates(0)), rounds=2, evaluate=None)
     assert {m.metadata.message_type for m in sent} == {"train", "evaluate"}
-    assert {read_task(m.content)[0].run for m in sent} == {"00ff00ff00ff00ff"}
+    assert {read_task(m.content).run for m in sent} == {"00ff00ff00ff00ff"}
 
 
 def test_only_the_sampled_clients_are_asked(run, updates):
