@@ -21,7 +21,7 @@ def dropping(share: float, seed: int) -> Interference:
     def arrives(exchange: Exchange) -> bool:
         if exchange.message.metadata.message_type != MessageType.TRAIN:
             return True
-        server_round = read_task(exchange.message.content)[0].server_round
+        server_round = read_task(exchange.message.content).server_round
         rng = np.random.default_rng([seed, server_round, exchange.client, *b"drop"])
         return rng.random() >= share
 

@@ -117,6 +117,8 @@ class LocalGrid(Grid):
         """
         ids = set(message_ids)
         turns = [i for i in self._waiting if i in ids]
+        if not turns:
+            return []
         exchanges = []
         for turn in turns if self._interferences else turns[:1]:
             message = self._waiting.pop(turn)

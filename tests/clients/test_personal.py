@@ -1,5 +1,7 @@
 """What is a client's own over several rounds: its norms, and its part of FedDyn."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from clients.client import Client
 from clients.local_update import evaluate_task, train_task
+from clients.personal import _gradients
 from fleet.backbones import load_backbone
 from fleet.codec import Versions, decode
 from fleet.config import default_settings, read_config
@@ -193,17 +196,31 @@ def test_feddyn_remembers_the_gradients_that_its_sent_deltas_make(codec):
         for spec in narrow.specs:
             if not spec.is_statistic:
                 sums[spec.name] = sums.get(spec.name, 0) + delta[spec.name].astype(float)
-    kept = own.memory("0f").read("dynamic").tensors
+    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=3)
     assert kept.keys() == sums.keys()
     for name, total in sums.items():
         assert_allclose(kept[name], -0.5 * total, rtol=1e-4, atol=1e-7)
+
+
+def test_an_update_that_was_lost_moves_feddyns_gradients_on_neither_side():
+    _, plan, ask = server()
+    own = client(**DYNAMIC)
+    first = decode(train_task(own, *ask(1))[0], plan)
+    train_task(own, *ask(2))  # acknowledges round 1
+    task, download = ask(3)
+    train_task(own, dataclasses.replace(task, acknowledged=1), download)  # round 2 was lost
+    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=1)  # and so was this
+    for spec in plan.specs:
+        if not spec.is_statistic:
+            assert_allclose(kept[spec.name], -0.5 * first[spec.name], rtol=1e-5, atol=1e-8)
 
 
 def test_feddyn_with_local_norms_leaves_them_alone():
     _, plan, ask = server(local_norms=True)
     own = client(**DYNAMIC, **LOCAL)
     train_task(own, *ask())
-    assert own.memory("0f").read("dynamic").tensors.keys() == plan.by_name.keys()
+    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=1)
+    assert kept.keys() == plan.by_name.keys()
     assert own.memory("0f").read("norms").tensors.keys().isdisjoint(plan.by_name)
 
 
