@@ -45,8 +45,9 @@ SETTINGS: Mapping[str, Value] = {
 SEEDS = 3
 
 FULL = {"method": "full", "cache": "off"}
-SPARSE = {"codec-up": "topk:0.02+int4", "codec-down": "topk:0.02+int4"}
-LOSSY = {"rounds": 50}
+SPARSE = "topk:0.02+int4"
+ATTACKED = {"rounds": 12}
+LOSSY = {"rounds": 50, "blocks": "1"}
 
 
 @dataclass(frozen=True)
@@ -68,49 +69,44 @@ class Run:
     seeds: int = SEEDS
 
 
-def _codec(name: str, both: str) -> Run:
-    return Run("bytes", name, {"codec-up": both, "codec-down": both})
-
-
-def _attacked(rule: str, attack: str) -> Run:
-    adversity = {"attack": attack, "hostile": 0.2} if attack else {}
-    return Run("attacks", f"{rule} / {attack or 'no attack'}", {"rule": rule}, adversity)
-
-
 ATTACKS = ("", "sign_flip:10", "alie:1.5", "ipm:0.5", "label_flip", "nan")
 DEFAULT_RULE = "clipped_mean"
-RULES = ("mean", "median", "trimmed_mean:0.2", "multi_krum:2", "geometric_median:2")
+OTHER_RULES = ("trimmed_mean:0.2", "median", "geometric_median:2", "multi_krum:2")
 
-RUNS = (
+
+def _both(codec: str) -> dict[str, Value]:
+    return {"codec-up": codec, "codec-down": codec}
+
+
+def _attacked(rule: str, attack: str, seeds: int = SEEDS) -> Run:
+    adversity = {"attack": attack, "hostile": 0.2} if attack else {}
+    name = f"{rule} / {attack or 'no attack'}"
+    return Run("attacks", name, ATTACKED | {"rule": rule}, adversity, seeds)
+
+
+RUNS = (  # what the claims need first
     Run("bytes", "mobiletl k=3, float32"),
-    Run("bytes", "mobiletl k=3, topk:0.02+int4", SPARSE),
-    _codec("mobiletl k=3, int8", "int8"),
-    _codec("mobiletl k=3, int4+feedback", "int4+feedback"),
-    Run("bytes", "full, float32", FULL),
+    Run("bytes", f"mobiletl k=3, {SPARSE}", _both(SPARSE)),
     Run("bytes", "closed-form head", {"method": "head", "head-start": True, "rounds": 1}),
-    Run("bytes", "head, float32", {"method": "head"}),
-    *(_attacked("mean", attack) for attack in ("", "sign_flip:10")),
+    _attacked("mean", ""),
+    _attacked("mean", "sign_flip:10"),
     *(_attacked(DEFAULT_RULE, attack) for attack in ATTACKS),
+    Run("bytes", "mobiletl k=3, int8", _both("int8")),
+    Run("bytes", "mobiletl k=3, int4+feedback", _both("int4+feedback")),
     Run("plans", "k=1", {"blocks": "1"}),
     Run("plans", "k=1, 3, 5", {"blocks": "1,3,5"}),
-    Run("bytes", "mobiletl k=3, topk:0.005+int4", {k: "topk:0.005+int4" for k in SPARSE}),
+    Run("bytes", "head, float32", {"method": "head"}),
+    Run("drops", "none lost", LOSSY),
+    Run("drops", "30 % lost", LOSSY, {"drop": 0.3}),
+    Run("bytes", "mobiletl k=3, topk:0.005+int4", _both("topk:0.005+int4")),
     Run(
         "bytes",
-        "mobiletl k=3, head start, topk:0.02+int4",
-        SPARSE | {"head-start": True, "learning-rate": 0.003},
+        f"mobiletl k=3, head start, {SPARSE}",
+        _both(SPARSE) | {"head-start": True, "learning-rate": 0.003},
     ),
-    Run("drops", "none lost, 50 rounds", LOSSY, seeds=1),
-    Run("drops", "30 % lost, 50 rounds", LOSSY, {"drop": 0.3}, seeds=1),
-    *(_attacked("mean", attack) for attack in ATTACKS[2:]),
-    *(
-        Run("attacks", f"{rule} / {attack or 'no attack'}", {"rule": rule}, adversity, seeds=1)
-        for rule in RULES[1:]
-        for attack, adversity in (
-            ("", {}),
-            ("sign_flip:10", {"attack": "sign_flip:10", "hostile": 0.2}),
-        )
-    ),
-    Run("bytes", "mobiletl k=5, float32", {"blocks": "5"}),
+    Run("bytes", "full, float32", FULL),
+    *(_attacked(rule, attack, 1) for rule in OTHER_RULES for attack in ATTACKS[:2]),
+    Run("bytes", "mobiletl k=5, float32", {"blocks": "5"}, seeds=1),
 )
 
 
