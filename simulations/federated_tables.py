@@ -29,7 +29,7 @@ def main(path: Path) -> None:
         ("Bytes to the full model's accuracy", bytes_table(cells)),
         ("Unequal plans", accuracy_table(cells, "plans", "mobiletl k=3, float32")),
         ("Hostile clients", accuracy_table(cells, "attacks", None)),
-        ("Lost replies", accuracy_table(cells, "drops", "none lost, 50 rounds")),
+        ("Lost replies", accuracy_table(cells, "drops", "none lost")),
     ):
         click.echo(f"### {title}\n\n{table}\n")
     click.echo(f"commits: {', '.join(sorted({cell['commit'] for cell in cells}))}")
