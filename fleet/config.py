@@ -271,6 +271,7 @@ class FederationConfig:
             _check_at_least(int(key != "goal"), key.replace("_", "-"), getattr(self, key))
         for codec in (self.codec_up, self.codec_down):
             parse_codec(codec)
+        self._check_cohort()
         if ":" not in self.strategy:  # package.module:name
             _check_one_of("strategy", self.strategy, STRATEGIES)
         _check_one_of("objective", self.objective, OBJECTIVES)
@@ -278,6 +279,11 @@ class FederationConfig:
             raise ConfigError(
                 f"objective is {self.objective} and strategy is {self.strategy}; feddyn is both "
                 f"or neither, as either half alone leads elsewhere"
+            )
+        if self.strategy == "feddyn" and self.rule.partition("+")[0] != "mean":
+            raise ConfigError(
+                f"strategy is feddyn and rule is {self.rule}; its clients and server add up the "
+                f"same updates only under rule mean"
             )
         if not 0 < self.objective_strength < math.inf:
             raise ConfigError(
@@ -291,6 +297,17 @@ class FederationConfig:
         _check_one_of("evaluation", self.evaluation, ("server", "clients"))
         if not self.round_timeout > 0:
             raise ConfigError(f"round-timeout must be above 0 seconds, got {self.round_timeout}")
+
+    def _check_cohort(self) -> None:
+        """A round that could never end well is said before it begins."""
+        for key in ("goal", "min_updates", "quorum"):
+            for limit in ("sampled", "goal"):
+                most, value = getattr(self, limit), getattr(self, key)
+                if key != limit and 0 < most < value:
+                    raise ConfigError(
+                        f"{key.replace('_', '-')} is {value} and {limit} is {most}; a round never "
+                        f"has so many updates: lower the one, or raise the other"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)

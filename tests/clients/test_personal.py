@@ -32,7 +32,7 @@ SMALL = {
 }
 CLASSES = tuple("0123456789")
 LOCAL = {"local-norms": True, "evaluation": "clients"}
-DYNAMIC = {"objective": "feddyn", "strategy": "feddyn", "objective-strength": 0.5}
+DYNAMIC = {"objective": "feddyn", "strategy": "feddyn", "rule": "mean", "objective-strength": 0.5}
 
 
 @pytest.fixture(autouse=True)

@@ -108,6 +108,11 @@ def test_a_value_of_another_type_is_refused(key, value, text):
         ("rounds", 0, "rounds must be at least 1, got 0"),
         ("min-clients", 0, "min-clients must be at least 1, got 0"),
         ("sampled", -1, "sampled must be at least 0, got -1"),
+        ("goal", -1, "goal must be at least 0, got -1"),
+        ("min-updates", 0, "min-updates must be at least 1, got 0"),
+        ("quorum", 0, "quorum must be at least 1, got 0"),
+        ("codec-up", "zip", "unknown codec zip; known: float32, float16, int8, int4, topk:SHARE"),
+        ("codec-down", "topk:2", "topk in codec topk:2 must keep a share above 0 and below 1"),
         (
             "server-learning-rate",
             -1.0,
@@ -130,6 +135,23 @@ def test_a_value_of_another_type_is_refused(key, value, text):
 def test_a_value_out_of_range_is_refused(key, value, text):
     with pytest.raises(ConfigError, match=text):
         read_config(changed(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"goal": 6, "sampled": 5}, "goal is 6 and sampled is 5; a round never has so many"),
+        ({"min-updates": 6, "sampled": 5}, "min-updates is 6 and sampled is 5; a round never has"),
+        ({"quorum": 4, "goal": 3, "sampled": 5}, "quorum is 4 and goal is 3; a round never has"),
+        (
+            {"objective": "feddyn", "strategy": "feddyn", "rule": "median"},
+            "strategy is feddyn and rule is median; its clients and server add up the same",
+        ),
+    ],
+)
+def test_settings_that_cannot_go_together_are_refused(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        read_config(default_settings() | settings)
 
 
 def test_whole_numbers_serve_as_floats():
@@ -156,7 +178,7 @@ def test_blocks_that_are_no_numbers_are_refused(blocks):
 
 
 def test_feddyn_is_chosen_by_both_its_names():
-    config = read_config(changed(objective="feddyn", strategy="feddyn")).federation
+    config = read_config(changed(objective="feddyn", strategy="feddyn", rule="mean")).federation
     assert (config.objective, config.strategy) == ("feddyn", "feddyn")
 
 

@@ -255,7 +255,7 @@ def test_feddyn_is_told_what_share_of_the_fleet_trains(launch, monkeypatch, samp
         return server_optimizer(name, **settings)
 
     monkeypatch.setattr("strategies.algorithm.server_optimizer", spy)
-    launch(objective="feddyn", strategy="feddyn", sampled=sampled, rounds=1)
+    launch(objective="feddyn", strategy="feddyn", rule="mean", sampled=sampled, rounds=1)
     assert seen[-1] == ("feddyn", pytest.approx(share))
 
 
