@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,11 @@ class RoundReport:
     coverage: Mapping[str, int] = field(default_factory=dict)
     bytes_by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     bytes_by_role: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was to move the model and did not, for want of updates."""
+        return self.server_round > 0 and not self.stepped
 
 
 class RunRecord:
@@ -306,6 +311,9 @@ def summarise(rounds: list[RoundReport]) -> dict[str, Any]:
         "peak_client_bytes": max(r.peak_client_bytes for r in rounds),
         "seconds": round(sum(r.seconds for r in rounds), 3),
         "refused": sum(len(r.refused) for r in rounds),
+        "late": sum(len(r.late) for r in rounds),
+        "full_states": sum(len(r.full_state) for r in rounds),
+        "abandoned_rounds": sum(r.abandoned for r in rounds),
     }
 
 
@@ -330,18 +338,34 @@ def _finite(value: Any) -> Any:
 
 
 def _parse_round(line: bytes) -> RoundReport:
-    """A line of `rounds.jsonl`; ValueError says what is wrong with it."""
+    """A line of `rounds.jsonl`; ValueError says what is wrong with it.
+
+    An older version's line lacks the keys that were added since: those take their defaults.
+    """
     values = _parse_object(line)
     _check_keys(RoundReport, values)
-    if not isinstance(values["clients"], list):
-        raise ValueError(f"clients must be a list, got {values['clients']!r}")
+    for key in ("clients", "asked", "late", "full_state"):
+        values[key] = tuple(_typed(values, key, list))
+    for key in ("refused", "coverage", "bytes_by_client", "bytes_by_role"):
+        values[key] = _typed(values, key, dict)
     for client in values["clients"]:
         _check_keys(ClientReport, client)
-    clients = tuple(ClientReport(**client) for client in values["clients"])
-    for key in ("asked", "late", "full_state"):
-        values[key] = tuple(values[key])
+    values["clients"] = tuple(ClientReport(**client) for client in values["clients"])
+    for name, pair in values["bytes_by_client"].items():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"bytes_by_client of {name} must be [up, down], got {pair!r}")
     values["bytes_by_client"] = {n: tuple(b) for n, b in values["bytes_by_client"].items()}
-    return RoundReport(**values | {"clients": clients})
+    # Where it was not on record yet, every round that had updates stepped.
+    values.setdefault("stepped", bool(values["clients"]))
+    return RoundReport(**values)
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = values.get(key, kind())
+    if not isinstance(value, kind):
+        noun = {list: "a list", dict: "an object"}[kind]
+        raise ValueError(f"{key} must be {noun}, got {value!r}")
+    return value
 
 
 def _parse_object(content: bytes) -> dict[str, Any]:
@@ -352,12 +376,14 @@ def _parse_object(content: bytes) -> dict[str, Any]:
 
 
 def _check_keys(kind: type, values: Any) -> None:
+    """Refuse a key that there is not, and the absence of one that has no default."""
     known = [f.name for f in fields(kind)]
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
     if not isinstance(values, dict):
         raise ValueError(f"expected an object with {', '.join(known)}, got {values!r}")
     for fault, names in (
         ("unknown", [name for name in values if name not in known]),
-        ("missing", [name for name in known if name not in values]),
+        ("missing", [name for name in needed if name not in values]),
     ):
         if names:
             raise ValueError(f"{fault} {', '.join(names)}; known: {', '.join(known)}")

@@ -49,13 +49,24 @@ def test_options_reach_the_run(run_dir):
 def test_report_prints_the_table_and_the_paths(run_dir):
     text = invoke("report", str(run_dir)).output
     assert "acc. %" in text
+    assert "Who took part" in text and "Shares by k" in text and "headers" in text
     assert str(run_dir / "model.safetensors") in text.replace("\n", "")
 
 
 def test_report_in_json_is_the_summary_and_the_rounds(run_dir):
     result = invoke("report", str(run_dir), "--format", "json")
     lines = (run_dir / "rounds.jsonl").read_text().splitlines()
-    assert json.loads(result.stdout) == json.loads((run_dir / "summary.json").read_text()) | {
+    values, summary = json.loads(result.stdout), json.loads((run_dir / "summary.json").read_text())
+    clients = values.pop("participation")["clients"]
+    assert [(one["blocks"], one["asked"], one["counted"]) for one in clients] == [
+        (0, 1, 1),
+        (1, 1, 1),
+    ]
+    for link in ("up", "down"):
+        assert sum(one[f"bytes_{link}"] for one in clients) == summary[f"bytes_{link}"] > 0
+        assert sum(values["bytes_by_role"][link].values()) == summary[f"bytes_{link}"]
+    del values["bytes_by_role"]
+    assert values == summary | {
         "ended": True,
         "per_round": [json.loads(line) for line in lines],
     }
@@ -78,6 +89,11 @@ def test_report_in_json_of_a_run_under_way_has_the_totals_so_far(tmp_path):
         "peak_client_bytes": 0,
         "seconds": 0.0,
         "refused": 0,
+        "late": 0,
+        "full_states": 0,
+        "abandoned_rounds": 1,
+        "participation": {"clients": [], "by_blocks": []},
+        "bytes_by_role": {"up": {}, "down": {}},
         "ended": False,
     }
 
@@ -85,7 +101,13 @@ def test_report_in_json_of_a_run_under_way_has_the_totals_so_far(tmp_path):
 def test_report_in_json_of_a_run_before_its_first_round(tmp_path):
     record = RunRecord.create(str(tmp_path / "run"), {})
     result = invoke("report", str(record.path), "--format", "json")
-    assert json.loads(result.stdout) == {"ended": False, "rounds": 0, "per_round": []}
+    assert json.loads(result.stdout) == {
+        "ended": False,
+        "rounds": 0,
+        "participation": {"clients": [], "by_blocks": []},
+        "bytes_by_role": {"up": {}, "down": {}},
+        "per_round": [],
+    }
 
 
 def test_report_of_a_folder_that_cannot_be_written_still_prints(tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 from fleet.cli.options import format_option
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
-from fleet.report import accuracy_picture, refusals, rounds_table, run_values, write_page
+from fleet.report import accuracy_picture, as_text, refusals, run_values, tables, write_page
 
 
 @click.command("report")
@@ -19,7 +19,7 @@ from fleet.report import accuracy_picture, refusals, rounds_table, run_values, w
 @click.option("--picture", type=click.Path(path_type=Path), help="Write the picture to an SVG.")
 @format_option("text", "json")
 def command(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
-    """Print the table of a RUN and write its page anew."""
+    """Print the tables of a RUN and write its page anew."""
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
     for each in (record, *beside):
         list(each.rounds())  # what cannot be read is refused; what cannot be written is not
@@ -45,11 +45,12 @@ def _write_picture(path: Path, records: list[RunRecord]) -> None:
 
 
 def show_run(record: RunRecord) -> None:
-    """Print a run: its table, who was refused, and where model and report are."""
+    """Print a run: its tables, who was refused, and where model and report are."""
     rounds = list(record.rounds())
     ended = record.summary_path.is_file()
     console = Console()
-    console.print(rounds_table(rounds, title=record.path.name))
+    for grid in tables(rounds, title=record.path.name):
+        console.print(as_text(grid), *([""] if grid.note else []))
     for line in refusals(rounds):
         console.print(f"refused in {line}", style="yellow", markup=False)
     for noun, path in (("model", record.model_path), ("report", record.page_path)):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fleet.errors import ConfigError
-from fleet.records import ClientReport, RoundReport, RunRecord, to_json
+from fleet.records import ClientReport, RoundReport, RunRecord, summarise, to_json
 
 FILES = ("config.toml", "rounds.jsonl", "summary.json", "model.safetensors", "report.html")
 
@@ -155,8 +155,12 @@ def damaged(**changes):
         (b"[1, 2]", r"expected a JSON object, got \[1, 2\]"),
         (damaged(colour="red"), "unknown colour; known: server_round, accuracy, loss"),
         (damaged(server_round=...), "missing server_round; known: server_round, accuracy"),
-        (damaged(clients=...), "missing clients; known: server_round"),
+        (damaged(accuracy=..., loss=...), "missing accuracy, loss; known: server_round"),
         (damaged(clients=3), "clients must be a list, got 3"),
+        (damaged(refused=[]), r"refused must be an object, got \[\]"),
+        (damaged(asked="pi"), "asked must be a list, got 'pi'"),
+        (damaged(bytes_by_client={"pi": 3}), r"bytes_by_client of pi must be \[up, down\], got 3"),
+        (damaged(bytes_by_client={"pi": [3]}), r"must be \[up, down\], got \[3\]"),
         (damaged(clients=["pi"]), "expected an object with name, blocks, .* got 'pi'"),
         (damaged(clients=[{"name": "pi"}]), "missing blocks, num_examples, .*; known: name"),
     ],
@@ -170,6 +174,34 @@ def test_a_garbled_line_is_named_by_file_and_number(record, line, text):
     with pytest.raises(ConfigError, match=f"{where}.*({text})") as caught:
         list(record.rounds())
     assert str(caught.value).endswith("; remove the line, or repeat the run")
+
+
+def test_a_line_of_an_older_version_takes_defaults_for_what_it_lacks(record):
+    then = [
+        *("server_round", "accuracy", "loss", "train_loss", "bytes_up", "bytes_down"),
+        *("peak_client_bytes", "seconds", "clients", "refused", "coverage"),
+    ]
+    for one in (report(0), report(1, clients=(client(),), bytes_up=3), report(2, seconds=0.5)):
+        values = vars(one) | {"clients": [vars(each) for each in one.clients]}
+        with record.rounds_path.open("a") as file:
+            file.write(to_json({key: values[key] for key in then}) + "\n")
+    # A round with updates has stepped, also where nobody wrote it down.
+    assert list(record.rounds()) == [
+        report(0),
+        report(1, clients=(client(),), bytes_up=3, stepped=True),
+        report(2, seconds=0.5),
+    ]
+    assert [one.abandoned for one in record.rounds()] == [False, False, True]
+
+
+def test_a_summary_counts_who_was_late_full_states_and_abandoned_rounds():
+    rounds = [
+        report(0, full_state=("a",)),
+        report(1, late=("a", "b"), full_state=("a", "b"), stepped=True),
+        report(2, late=("c",)),
+    ]
+    summary = summarise(rounds)
+    assert (summary["late"], summary["full_states"], summary["abandoned_rounds"]) == (3, 3, 1)
 
 
 def test_a_folder_without_a_run_has_no_rounds_to_give(tmp_path):

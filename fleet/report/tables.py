@@ -1,0 +1,190 @@
+"""The tables of a run, for a terminal and for a page."""
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fleet.records import RoundReport
+from fleet.report.participation import Group, Part, by_blocks, participation, share
+from fleet.report.rounds import COLUMNS, MIB, round_cells
+from fleet.report.traffic import bytes_by_role
+
+# More clients than that are no longer seen at a glance.
+_MOST_ROWS = 30
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn.
+
+    Attributes:
+        title: what stands above it.
+        columns: their names.
+        rows: a cell for each column.
+        note: what stands below it.
+        named: whether the first column holds names, not figures.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+    named: bool = False
+
+
+def tables(rounds: Iterable[RoundReport], title: str = "") -> list[Grid]:
+    """A run's tables: rounds first; the others as far as the record tells of them.
+
+    Args:
+        title: of the rounds' table.
+    """
+    rounds = list(rounds)
+    parts = participation(rounds)
+    groups = by_blocks(parts)
+    grids = [_rounds(rounds, title)]
+    if parts:
+        late_replies = sum(report.late_replies for report in rounds)
+        grids.append(_who_took_part(parts, groups, late_replies))
+    if len(groups) > 1:
+        grids.append(_shares(groups))
+    roles = bytes_by_role(rounds)
+    if roles["up"]:
+        grids.append(_roles(roles["up"], roles["down"]))
+    return grids
+
+
+def as_text(grid: Grid) -> Table:
+    """A grid for the terminal."""
+    table = Table(
+        title=Text(grid.title) if grid.title else None,
+        title_justify="left",
+        caption=Text(grid.note) if grid.note else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for number, column in enumerate(grid.columns):
+        if number == 0 and grid.named:  # a name may be long; a figure is not to be broken
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    for row in grid.rows:
+        table.add_row(*map(Text, row))  # Text: a client's name is no markup
+    return table
+
+
+def as_html(grid: Grid) -> str:
+    """A grid for a page; one that is wider than the page scrolls by itself."""
+    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in grid.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in grid.rows
+    )
+    kind = " class=named" if grid.named else ""
+    return (
+        (f"<h2>{html.escape(grid.title)}</h2>" if grid.title else "")
+        + f"<div class=wide><table{kind}><tr>{head}</tr>{rows}</table></div>"
+        + (f"<p>{html.escape(grid.note)}</p>" if grid.note else "")
+    )
+
+
+def _rounds(rounds: Sequence[RoundReport], title: str) -> Grid:
+    """A line a round; a star at one that was abandoned."""
+    rows = []
+    for report in rounds:
+        number, *cells = round_cells(report)
+        rows.append((number + "*" * report.abandoned, *cells))
+    note = "* abandoned: too few updates counted, and the model stayed as it was."
+    return Grid(title, COLUMNS, rows, note if any(report.abandoned for report in rounds) else "")
+
+
+def _who_took_part(parts: Sequence[Part], groups: Sequence[Group], late_replies: int) -> Grid:
+    """A row a client, or a row for each k where clients are many."""
+    columns = ("asked", "counted", "refused", "late", "share %", "up MiB", "down MiB", "full")
+    note = (
+        "k: blocks trained, where an update told. share: of the times asked, those that counted. "
+        "full: rounds in which the whole state was sent, not steps to it."
+    )
+    if late_replies:
+        note += f" Replies that came after their round and were dropped: {late_replies}."
+    if len(parts) <= _MOST_ROWS:
+        rows = [(part.name, _blocks(part), *_counts(part)) for part in parts]
+        return Grid("Who took part", ("client", "k", *columns), rows, note, named=True)
+    rows = [(_blocks(group), str(group.clients), *_counts(group)) for group in groups]
+    note += " --format json has every client."
+    return Grid("Who took part", ("k", "clients", *columns), rows, note)
+
+
+def _counts(part: Part | Group) -> tuple[str, ...]:
+    told = part.bytes_down > 0  # older records do not
+    return (
+        str(part.asked),
+        str(part.counted),
+        str(part.refused),
+        str(part.late),
+        _percent(share(part.counted, part.asked)),
+        f"{part.bytes_up / MIB:.2f}" if told else "–",
+        f"{part.bytes_down / MIB:.2f}" if told else "–",
+        str(part.full_states) if told else "–",
+    )
+
+
+def _shares(groups: Sequence[Group]) -> Grid:
+    rows = [
+        (
+            _blocks(group),
+            str(group.clients),
+            _percent(group.share_of_fleet),
+            _percent(group.share_of_asked),
+            _percent(group.share_of_counted),
+            _ratio(group.share_of_counted, group.share_of_fleet),
+        )
+        for group in groups
+    ]
+    return Grid(
+        "Shares by k",
+        ("k", "clients", "fleet %", "asked %", "counted %", "counted ÷ fleet"),
+        rows,
+        "fleet: of the clients that were sent anything. asked differs from it by the luck of the "
+        "draw, counted from asked by who is refused or late; below 1 these clients count for less "
+        "than they are many.",
+    )
+
+
+def _roles(up: dict[str, int], down: dict[str, int]) -> Grid:
+    all_up, all_down = sum(up.values()), sum(down.values())
+    rows = [
+        (
+            role,
+            f"{up[role]:,}",
+            _percent(share(up[role], all_up)),
+            f"{down[role]:,}",
+            _percent(share(down[role], all_down)),
+        )
+        for role in up
+    ]
+    total = ("all", f"{all_up:,}", _percent(share(1, 1)), f"{all_down:,}", _percent(share(1, 1)))
+    return Grid(
+        "Bytes by what they are",
+        ("tensors", "up bytes", "up %", "down bytes", "down %"),
+        [*rows, total],
+        "An update that was refused is all headers.",
+        named=True,
+    )
+
+
+def _blocks(part: Part | Group) -> str:
+    return "–" if part.blocks is None else str(part.blocks)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _ratio(value: float | None, whole: float | None) -> str:
+    return f"{value / whole:.2f}" if value is not None and whole else "–"
