@@ -1,0 +1,49 @@
+"""The default rule beside plain averaging, with and without hostile clients, on real images."""
+
+from functools import cache
+from statistics import mean
+
+import pytest
+
+from fleet.config import default_settings
+from simulations import simulate
+
+SETTINGS = {
+    "method": "head",
+    "clients": 10,
+    "rounds": 6,
+    "train-examples": 800,
+    "image-size": 32,
+    "partition": "dirichlet:0.5",
+    "learning-rate": 0.05,
+    "local-epochs": 2,
+    "validation-fraction": 0.0,
+}
+DEFAULT = default_settings()["rule"]
+
+
+@pytest.fixture(scope="module")
+def accuracy(tmp_path_factory):
+    """Function (rule, attack by a fifth of the clients) → accuracy of the last rounds, points."""
+
+    @cache
+    def run(rule, attack=""):
+        folder = tmp_path_factory.mktemp("run") / "run"
+        settings = SETTINGS | {"rule": rule, "run-dir": str(folder)}
+        record = simulate(settings, **({"attack": attack, "hostile": 0.2} if attack else {}))
+        return 100 * mean(report.accuracy for report in list(record.rounds())[-3:])
+
+    return run
+
+
+def test_sign_flips_ruin_plain_averaging(accuracy):
+    assert accuracy("mean", "sign_flip:10") < accuracy("mean") - 15
+
+
+def test_the_default_rule_costs_nothing_without_an_attack(accuracy):
+    assert accuracy(DEFAULT) > accuracy("mean") - 1
+
+
+@pytest.mark.parametrize("attack", ["sign_flip:10", "alie:1.5", "ipm:0.5", "label_flip", "nan"])
+def test_the_default_rule_withstands_a_fifth_of_hostile_clients(accuracy, attack):
+    assert accuracy(DEFAULT, attack) > accuracy(DEFAULT) - 3
