@@ -274,3 +274,41 @@ def test_every_run_has_an_id_of_its_own(launch, monkeypatch):
     for _ in range(2):
         launch(rounds=1)
     assert len(set(runs)) == 2 and all(re.fullmatch("[0-9a-f]{16}", run) for run in runs)
+
+
+def test_a_head_start_is_round_0_and_its_head_is_the_one_in_closed_form(launch):
+    own = {"head-start": True, "rounds": 1, "train-examples": 300, "validation-fraction": 0.0}
+    settings = PRETRAINED | own
+    record = launch(**settings)
+    before, first = record.rounds()
+    assert before.stepped and not before.refused
+    assert before.asked == ("client-0000", "client-0001", "client-0002")
+    assert 3 * 5_000 < before.bytes_up < 3 * 500_000
+    assert 0 < before.bytes_down < 20_000
+    # The same from all images at once: what clients send adds up exactly.
+    plain = next(iter(launch(**settings | {"head-start": False}).rounds()))
+    alone = next(iter(launch(**settings | {"clients": 2, "min-clients": 1}).rounds()))
+    assert before.accuracy == alone.accuracy > plain.accuracy + 0.3
+    assert before.loss == alone.loss
+    assert first.stepped
+
+
+def test_a_head_start_goes_on_without_the_clients_that_cannot_send_moments(launch):
+    nodes = {1: {"weights": "none"}}
+    record = launch(nodes, **PRETRAINED, **{"head-start": True, "rounds": 1})
+    before, _ = record.rounds()
+    assert before.refused.keys() == {"client-0001"}
+    assert "backbone does not match the server's plan" in before.refused["client-0001"]
+    assert before.stepped
+
+
+def test_codecs_on_both_links_save_bytes_and_clients_clean_up(launch):
+    settings = PRETRAINED | {"rounds": 3, "blocks": "1"}
+    plain = launch(**settings).summary()
+    lossy = launch(**settings, **{"codec-up": "topk:0.02+int4", "codec-down": "topk:0.02+int4"})
+    summary = lossy.summary()
+    assert summary["bytes_up"] < plain["bytes_up"] / 50
+    assert summary["bytes_down"] < plain["bytes_down"] / 50
+    assert summary["full_states"] == 0
+    rounds = list(lossy.rounds())
+    assert rounds[-1].loss < rounds[0].loss
