@@ -1,12 +1,14 @@
 """Flower's own simulation runtime (Ray), started for one run and ended with it."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +55,9 @@ def run_flower(
         environment = os.environ | quiet_environment() | {"FLWR_HOME": str(root / "home")}
         # Flower starts its own commands by name, whether or not the venv is active.
         environment["PATH"] = f"{_SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}"
+        if own := own_folders(settings):
+            path = os.environ.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join([*([path] if path else []), *own])
         with _superlink(root, environment), (root / "run.log").open("w") as log:
             run = subprocess.Popen(
                 [
@@ -75,6 +80,26 @@ def run_flower(
                 _end(run)
         if not (Path(str(settings["run-dir"])) / "summary.json").is_file():
             raise FleetError(f"the run on Flower failed: {_reason(root / 'run.log')}")
+
+
+def own_folders(settings: Mapping[str, Value]) -> list[str]:
+    """Folders of the user's own that a strategy and a rule are imported from.
+
+    Flower's processes do not look where this one does.
+    """
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    folders = []
+    for key in ("strategy", "rule"):
+        module, _, name = str(settings[key]).partition("+")[0].partition(":")
+        spec = None
+        if name.isidentifier():  # else it is built in, with or without a number
+            with contextlib.suppress(ImportError, ValueError):  # the server says it better
+                spec = importlib.util.find_spec(module.partition(".")[0])
+        if spec is not None and spec.has_location:
+            origin = Path(spec.origin).resolve()
+            package = spec.submodule_search_locations is not None
+            folders.append(origin.parent.parent if package else origin.parent)
+    return [str(folder) for folder in dict.fromkeys(folders) if folder not in installed]
 
 
 def _stage(app: Path) -> Path:

@@ -1,8 +1,9 @@
 """What a strategy is: two functions that turn a round's updates into the next model.
 
-A strategy of one's own is an `Algorithm`; those built in are a rule that makes
-one update of many (`strategies.aggregation`) and an optimiser that steps the
-model by it (`strategies.server_opt`).
+A strategy of one's own is an `Algorithm`, or one of Flower's classes
+(`strategies.flower_adapter`); those built in are a rule that makes one update
+of many (`strategies.aggregation`) and an optimiser that steps the model by it
+(`strategies.server_opt`).
 """
 
 import importlib
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fleet.config import FederationConfig
-from fleet.errors import ConfigError
+from fleet.config import FederationConfig, default_settings
+from fleet.errors import ConfigError, FleetError
 from fleet.state import ClientUpdate, TrainableState
 from strategies.aggregation import Rule, rule
 from strategies.server_opt import ServerOptimizer, server_optimizer
@@ -45,10 +46,12 @@ class Algorithm:
             of unequal plans, so each carries the tensors that its client
             trained. `delta` is float32, trained minus received; `statistics`
             are running means and variances as they are.
+        equal_plans: whether all clients must train the same tensors.
     """
 
     init: Callable[[TrainableState], Any]
     step: Callable[[Sequence[ClientUpdate], TrainableState, Any], Step]
+    equal_plans: bool = False
 
 
 def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
@@ -89,9 +92,11 @@ def algorithm(config: FederationConfig, seed: int, participation: float = 1.0) -
         participation: share of the fleet that a cohort is; FedDyn needs it.
 
     Raises:
-        ConfigError: for an unknown strategy or rule, or a value out of range.
+        ConfigError: for an unknown strategy or rule, a value out of range, or a
+            setting that a strategy of the user's own would not see.
     """
     if ":" in config.strategy:
+        _check_unused(config)
         return own_algorithm(config.strategy)
     optimizer = server_optimizer(
         config.strategy,
@@ -106,18 +111,26 @@ def own_algorithm(where: str) -> Algorithm:
     """An algorithm of the user's own: `package.module:name`.
 
     Args:
-        where: names an `Algorithm`, or a function without arguments that makes one.
+        where: names an `Algorithm`, a strategy of `flwr.serverapp.strategy`'s kind, or
+            a class or function without required arguments that makes either.
 
     Raises:
-        ConfigError: if it cannot be imported or is none.
+        ConfigError: if it cannot be imported or made, or is none.
     """
+    # Here, not above: the adapter makes an `Algorithm`.
+    from flwr.serverapp.strategy import Strategy
+
+    from strategies.flower_adapter import flower_algorithm
+
     found = import_named(where)
-    if not isinstance(found, Algorithm) and callable(found):
-        found = found()
+    if not isinstance(found, Algorithm | Strategy) and callable(found):
+        found = _made(where, found)
+    if isinstance(found, Strategy):
+        return flower_algorithm(found)
     if not isinstance(found, Algorithm):
         raise ConfigError(
             f"strategy {where} is a {type(found).__name__}, not a strategies.algorithm.Algorithm "
-            f"nor a function that makes one"
+            f"nor a flwr.serverapp.strategy.Strategy, nor a function that makes one"
         )
     return found
 
@@ -131,8 +144,32 @@ def import_named(where: str) -> Any:
     module, _, name = where.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module does as it is imported
         raise ConfigError(
-            f"cannot import {where}: {error}; write package.module:name, with the package where "
-            f"Python finds it (PYTHONPATH)"
+            f"cannot import {where} ({type(error).__name__}: {error}); write package.module:name, "
+            f"with the package where Python finds it (PYTHONPATH)"
         ) from error
+
+
+def _made(where: str, maker: Callable[[], Any]) -> Any:
+    try:
+        return maker()
+    except FleetError:
+        raise
+    except Exception as error:  # whatever the user's function does
+        raise ConfigError(
+            f"strategy {where} cannot be made ({type(error).__name__}: {error}); if it needs "
+            f"arguments, name a function without any that returns it"
+        ) from error
+
+
+def _check_unused(config: FederationConfig) -> None:
+    """Settings of the built-in strategies are not passed over in silence."""
+    defaults = default_settings()
+    for key in ("rule", "quorum", "server-learning-rate", "server-momentum"):
+        value = getattr(config, key.replace("-", "_"))
+        if value != defaults[key]:
+            raise ConfigError(
+                f"{key} is {value}, which strategy {config.strategy} would not see; leave it at "
+                f"{defaults[key]}, and settle it in the strategy"
+            )

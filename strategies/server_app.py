@@ -22,7 +22,7 @@ from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
-from strategies.algorithm import algorithm
+from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
 from strategies.sampling import Roster
@@ -47,7 +47,8 @@ def run(grid: Grid, config: RunConfig) -> None:
         FleetError: for a setting, data or weights that the user can mend.
     """
     federation = config.federation
-    algorithm(federation, config.seed)  # what is wrong is told before anybody is waited for
+    # What is wrong is told before anybody is waited for.
+    _check_plans(algorithm(federation, config.seed), config)
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
     online = roster.online(federation.min_clients)
@@ -103,6 +104,22 @@ def run(grid: Grid, config: RunConfig) -> None:
     except ConfigError as error:  # the run itself has succeeded
         log(WARNING, "%s", error)
     log(INFO, "model saved to %s", record.model_path)
+
+
+def _check_plans(chosen: Algorithm, config: RunConfig) -> None:
+    """A strategy that needs equal plans gets no settings that deal out others."""
+    if not chosen.equal_plans:
+        return
+    for key, value, equal in (
+        ("blocks", config.plan.blocks, len(set(config.plan.choices)) == 1),
+        ("budget-mib", config.budget.mib, set(config.budget.choices) == {"off"}),
+    ):
+        if not equal:
+            raise ConfigError(
+                f"{key} is {value}, which gives clients unequal plans, and strategy "
+                f"{config.federation.strategy} needs equal ones; set blocks to one value and "
+                f"budget-mib to off"
+            )
 
 
 def _check_trained(reports: Sequence[RoundReport]) -> None:

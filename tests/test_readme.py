@@ -1,9 +1,13 @@
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
@@ -11,6 +15,31 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 def test_the_code_in_the_readme_runs(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def my_strategy(tmp_path_factory):
+    """A folder with the example of a strategy, as a user would have it."""
+    (block,) = (block for block in BLOCKS if block.startswith("# my_strategy.py\n"))
+    assert len(block.splitlines()) < 40
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "my_strategy.py").write_text(block)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "own", [("--strategy", "my_strategy:algorithm"), ("--rule", "my_strategy:agreed")]
+)
+def test_the_strategy_in_the_readme_is_found_in_the_current_directory(my_strategy, own):
+    # -P: no directory is put on sys.path, as in a console script.
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fleet.cli import main; main()"
+    small = "--clients 2 --rounds 2 --train-examples 100 --test-examples 100 --image-size 32"
+    command = [sys.executable, "-P", "-c", code, "simulate", *small.split(), *own]
+    command += ["--blocks", "0,1", "--run-dir", own[0].strip("-")]
+    subprocess.run(command, cwd=my_strategy, check=True)
+    lines = (my_strategy / own[0].strip("-") / "rounds.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 3 and losses[-1] < losses[0]
 
 
 def test_the_readme_is_finished():

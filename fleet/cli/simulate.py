@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +65,7 @@ def command(
     # Named here, so that an interrupted run can say where it is.
     record = RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
+    _find_modules_here()
     with _interruptible(record):
         from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
@@ -74,6 +77,15 @@ def command(
         click.echo(to_json(record.summary(), indent=2))
     else:
         show_run(record)
+
+
+def _find_modules_here() -> None:
+    """A strategy or rule of the user's own may lie in the working directory.
+
+    A console script does not look there. It comes last: what is installed is not hidden.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 @contextlib.contextmanager

@@ -93,23 +93,27 @@ def flower_round(task_identity):
     """Function that runs one training round of a Flower strategy, without a network.
 
     (strategy, server_round, arrays, trained, counts) → the strategy's new arrays, where
-    `trained` holds what each client's reply carries and `counts` its num-examples.
+    `trained` holds what each client's reply carries and `counts` its num-examples. With
+    `losses`, replies carry them too.
     """
 
     def record(arrays):
         return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
-    def reply(instruction, arrays, count):
+    def reply(instruction, arrays, count, loss):
         metrics = MetricRecord({"num-examples": count})
+        if loss is not None:
+            metrics["train_loss"] = loss
         return Message(
             RecordDict({"arrays": record(arrays), "metrics": metrics}), reply_to=instruction
         )
 
-    def run(strategy, server_round, arrays, trained, counts):
+    def run(strategy, server_round, arrays, trained, counts, losses=None):
         instructions = strategy.configure_train(
             server_round, record(arrays), ConfigRecord(), _Grid(len(trained))
         )
-        replies = [reply(*parts) for parts in zip(instructions, trained, counts, strict=True)]
+        columns = (instructions, trained, counts, losses or [None] * len(counts))
+        replies = [reply(*parts) for parts in zip(*columns, strict=True)]
         aggregated, _ = strategy.aggregate_train(server_round, replies)
         return {name: array.numpy() for name, array in aggregated.items()}
 
