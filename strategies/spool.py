@@ -22,7 +22,7 @@ class _Stored:
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self.length)
-        return os.pread(self.file, stop - start, self.start + start)
+        return os.pread(self.file, max(0, stop - start), self.start + start)
 
 
 class Spool:

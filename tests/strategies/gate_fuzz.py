@@ -58,8 +58,9 @@ def honest(plan: UpdatePlan, codec: str):
     return answer
 
 
-def hostile(name: str, kind: str, plan: UpdatePlan, codec: str, rng, overheard, seen: Counter):
+def hostile(name: str, kind: str, knows: dict, seen: Counter):
     """A client that enrols as it should, and answers all else by its kind."""
+    overheard = knows["overheard"]
 
     def answer(message):
         if message.metadata.message_type == "query":
@@ -67,21 +68,27 @@ def hostile(name: str, kind: str, plan: UpdatePlan, codec: str, rng, overheard, 
         overheard.setdefault(name, []).append(message.content["task"]["token"])
         seen[message.metadata.message_type] += 1
         seen[kind] += 1
-        return KINDS[kind](
-            Attack(message, name, plan, codec, arrays_of(plan, 7), rng, overheard)
-        )
+        return KINDS[kind](Attack(message, name, **knows))
 
     return answer
 
 
 def run(plan: UpdatePlan, codec: str, kinds=(), seed: int = 0, seen: Counter | None = None):
     """A run of the honest client, with one hostile client of each of these kinds beside it."""
-    rng, overheard = np.random.default_rng(seed), {}
+    arrays = arrays_of(plan, 7)
+    knows = {
+        "plan": plan,
+        "codec": codec,
+        "arrays": arrays,
+        "best": encode(arrays, plan, codec),
+        "rng": np.random.default_rng(seed),
+        "overheard": {},
+    }
     nodes = {HONEST_NODE: honest(plan, codec)}
     for i, kind in enumerate(kinds):
         node = i if i < HONEST_NODE / 2 else HONEST_NODE + i  # some answer before it, some behind
         name = f"{kind}-{i}"
-        nodes[node] = hostile(name, kind, plan, codec, rng, overheard, seen)
+        nodes[node] = hostile(name, kind, knows, seen)
     grid = ScriptedGrid(dict(sorted(nodes.items())))
     grid.answers_at_once = True  # nobody need wait for those who are silent
     own = {"rounds": ROUNDS, "min-clients": 1, "codec-up": codec}
@@ -121,7 +128,7 @@ def resident() -> int:
 
 
 def fuzz(examples: int, plan: UpdatePlan, codec: str, expected: FleetStrategy, seen: Counter):
-    """Runs of all sorts of hostile clients in one codec; their strategies."""
+    """Runs of all sorts of hostile clients in one codec; what a server keeps of them."""
     kept = []
 
     @settings(
@@ -138,7 +145,7 @@ def fuzz(examples: int, plan: UpdatePlan, codec: str, expected: FleetStrategy, s
     def one(kinds, seed):
         strategy = run(plan, codec, kinds, seed, seen)
         check(strategy, kinds, expected)
-        kept.append(strategy)
+        kept.append((strategy.reports, strategy._tokens))
 
     one()
     return kept
