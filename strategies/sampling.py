@@ -17,7 +17,7 @@ from strategies.streaming import StreamingGrid
 _POLL_SECONDS = 1.0
 # A node that was turned away, or said nothing, is asked again no sooner than this;
 # nor do rounds wait longer for a newcomer once there are clients enough.
-# Each time that a node does so, it is asked half as often, so that it cannot keep rounds waiting.
+# Each time that it does so again, it is asked half as often: it must not keep rounds waiting.
 _PATIENCE_SECONDS = 60.0
 _MAX_DOUBLINGS = 6  # so about once an hour
 
