@@ -254,11 +254,10 @@ def read_enrolment(content: RecordDict) -> Enrolment:
     """
     try:
         record = content["enrolment"]
-        return Enrolment(
-            str(record["name"]),
-            int(record["num-examples"]),
-            _texts(record["classes"]),
-        )
+        name, num_examples = record["name"], record["num-examples"]
+        if not isinstance(name, str) or type(num_examples) is not int:
+            raise TypeError(f"name is {name!r:.40}, num-examples {num_examples!r:.40}")
+        return Enrolment(name, num_examples, _texts(record["classes"]))
     except _MALFORMED as error:
         raise _unreadable("reply holds no readable enrolment", error) from error
 

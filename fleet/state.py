@@ -86,6 +86,10 @@ class TrainableState:
             )
         return TrainableState(plan, {name: self.tensors[name] for name in plan.by_name})
 
+    def first_not_finite(self) -> str | None:
+        """Name of the first tensor that holds NaN or infinity; None: none does."""
+        return next((n for n, a in self.tensors.items() if not np.isfinite(a).all()), None)
+
     def __add__(self, other: "TrainableState") -> "TrainableState":
         return self._combine(other, np.add)
 

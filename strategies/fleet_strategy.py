@@ -1,7 +1,8 @@
 """The strategy: rounds over clients that train unequal plans."""
 
+import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -27,7 +28,6 @@ from strategies.spool import Spool
 from strategies.streaming import StreamingGrid, close
 from strategies.tokens import Tokens
 
-_MAX_REASON = 2000  # characters of a client's own words; a traceback says most at its end
 _MOMENTS = f"{MessageType.QUERY}.moments"  # `query("moments")` of the ClientApp
 
 
@@ -118,10 +118,8 @@ class FleetStrategy(Strategy):
         try:
             gate = Gate(self.plan, self._config.codec_up, self._tokens.spend, spool.keep)
             for name, content, nbytes in self._answers(replies, goal=self._config.goal):
-                try:
+                with self._refusing(name):
                     self._ledger.admit(gate.admit(content, name, nbytes))
-                except UpdateError as error:
-                    self._ledger.refused[name] = str(error)
             if len(self._ledger.updates) >= self._config.min_updates:
                 self._step(server_round)
         finally:
@@ -146,11 +144,9 @@ class FleetStrategy(Strategy):
             return None
         gate = Gate(self.plan, self._config.codec_up, self._tokens.spend)
         results = []
-        for name, content, nbytes in self._answers(replies):
-            try:
+        for name, content, nbytes in self._answers(replies, "evaluation: "):
+            with self._refusing(name, "evaluation: "):
                 results.append(gate.admit_evaluation(content, name, nbytes))
-            except UpdateError as error:
-                self._ledger.refused[name] = f"evaluation: {error}"
         close(replies)
         total = sum(result.num_examples for result in results)
         if total:
@@ -173,18 +169,18 @@ class FleetStrategy(Strategy):
         gate = Gate(self.plan, self._config.codec_up, self._tokens.spend)
         sent = {}
         for name, content, nbytes in self._answers(replies):
-            try:
+            with self._refusing(name):
                 sent[name] = gate.admit_bytes(content, name, nbytes, head_start.most_bytes)
-            except UpdateError as error:
-                self._ledger.refused[name] = str(error)
         close(replies)
         try:
             start = head_start.solve(sent)
         except UpdateError as error:
             log(WARNING, "no head start: %s", error)
-            self._ledger.refused |= dict.fromkeys(sent, str(error))
+            for name in sent:
+                self._ledger.refuse(name, str(error))
             return
-        self._ledger.refused |= start.refused
+        for name, reason in start.refused.items():
+            self._ledger.refuse(name, reason)
         self._ledger.stepped = True
         self.state = start.into(self.state, head_start.head)
         self._memory = self._algorithm.init(self.state)
@@ -195,11 +191,12 @@ class FleetStrategy(Strategy):
         return list(self._asked.values())
 
     def _answers(
-        self, replies: Iterable[Message], goal: int = 0
+        self, replies: Iterable[Message], phase: str = "", goal: int = 0
     ) -> Iterable[tuple[str, RecordDict, int]]:
         """Client, content and bytes of each reply; errors and silence are refused by name.
 
         Args:
+            phase: stands before the reasons.
             goal: admitted updates after which nobody is waited for any more; 0: none.
         """
         # By what a reply answers, not by who it says it is from: an error that Flower
@@ -208,31 +205,56 @@ class FleetStrategy(Strategy):
         answered: dict[str, str] = {}
         for reply in replies:
             question = reply.metadata.reply_to_message_id
-            nbytes = content_bytes(reply.content) if reply.has_content() else 0
-            if question in silent:
+            expected = question in silent
+            if expected:
                 name = answered[question] = silent.pop(question)
-                self._ledger.up.add(name, nbytes)
-                if reply.has_error():
-                    if reply.error.code == LOST_VERSION:
-                        self._outbox.lost(name)
-                    self._ledger.refused[name] = str(reply.error.reason)[-_MAX_REASON:]
-                else:
-                    self._outbox.arrived(name)
-                    yield name, reply.content, nbytes
             else:
                 name = f"{answered[question]} (again)" if question in answered else "unknown sender"
+            nbytes = None
+            with self._refusing(name, phase):
+                nbytes = content_bytes(reply.content) if reply.has_content() else 0
                 self._ledger.up.add(name, nbytes)
-                self._ledger.refused[name] = "reply to no message that waits for one; dropped"
+            if not expected:
+                self._ledger.refuse(name, "reply to no message that waits for one; dropped")
+            elif reply.has_error():
+                if reply.error.code == LOST_VERSION:
+                    self._outbox.lost(name)
+                self._ledger.refuse(
+                    name, f"{phase}{reply.error.reason or 'error without a reason'}"
+                )
+            elif nbytes is not None:
+                self._outbox.arrived(name, question)
+                yield name, reply.content, nbytes
             if goal and len(self._ledger.updates) >= goal:
                 self._ledger.late += sorted(silent.values())
                 return
         for name in silent.values():
-            self._ledger.refused[name] = f"no reply within {self._config.round_timeout:g} s"
+            reason = f"{phase}no reply within {self._config.round_timeout:g} s"
+            self._ledger.refuse(name, reason)
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str, phase: str = "") -> Iterator[None]:
+        """Whatever reading a reply raises becomes the reason why it does not count."""
+        try:
+            yield
+        except UpdateError as error:
+            self._ledger.refuse(name, f"{phase}{error}")
+        except Exception as error:  # a run must outlive also what no check foresaw
+            log(WARNING, "reply of %s cannot be read", name, exc_info=True)
+            self._ledger.refuse(name, f"{phase}reply cannot be read ({error!r:.200})")
 
     def _step(self, server_round: int) -> None:
         ledger = self._ledger
         updates = sorted(ledger.updates, key=lambda update: update.client)
         step = self._algorithm.step(updates, self.state, self._memory)
+        if (name := step.state.first_not_finite()) is not None:
+            for update in updates:
+                self._ledger.refuse(
+                    update.client,
+                    f"with this round's updates {name} would hold NaN or infinity; the model "
+                    f"stays. Lower server-learning-rate, or set rule to clipped_mean",
+                )
+            return
         self.state, self._memory = step.state, step.memory
         ledger.coverage, ledger.stepped = step.coverage, True
         self._outbox.acknowledge([update.client for update in updates], server_round)

@@ -20,8 +20,15 @@ from fleet.plan import UpdatePlan
 from fleet.state import ClientUpdate
 
 MAX_EXAMPLES = 10_000_000  # a client that claims more would outweigh any fleet
+# Squares of such numbers, and sums of squares, are still finite float32. No weight or
+# statistic of a model that works is anywhere near; a sum of larger ones could overflow.
+MAX_MAGNITUDE = 1e15
 _RECORD_BYTES = 64 * 1024  # room for all of a reply but its tensors
 _MAX_METRICS = 64
+_MAX_METRIC_NAME = 64  # characters; names go on record every round
+_MAX_LOSS = 1e30  # nats; sums over a fleet's images stay finite
+_MAX_BYTES = 2**53  # whole in every JSON reader
+_MAX_SECONDS = 1e9
 
 _OWN_FIELDS = ("num-examples", "blocks", "loss", "peak-bytes", "seconds")
 
@@ -68,14 +75,15 @@ class Gate:
         tensors = EncodedArrays(payload, narrow)
         if parse_codec(payload.codec) != parse_codec(self.codec):
             raise UpdateError(
-                f"update is in codec {payload.codec}, the run's codec-up is {self.codec}; "
+                f"update is in codec {payload.codec:.40}, the run's codec-up is {self.codec}; "
                 f"run the server's settings"
             )
         _check_values(tensors, narrow)
         num_examples = _num_examples(metrics)
-        loss, peak_bytes, seconds = (
-            _number(metrics, key) for key in ("loss", "peak-bytes", "seconds")
-        )
+        _check_names(metrics)
+        loss = _number(metrics, "loss", -_MAX_LOSS, _MAX_LOSS)
+        peak_bytes = _number(metrics, "peak-bytes", 0, _MAX_BYTES)
+        seconds = _number(metrics, "seconds", 0, _MAX_SECONDS)
         kept = replace(payload, data=self.keep(payload.data))
         statistics = {spec.name for spec in narrow.specs if spec.is_statistic}
         return ClientUpdate(
@@ -99,8 +107,11 @@ class Gate:
         check_bytes(nbytes, 0)
         self.spend(client, read_token(content))
         metrics = read_metrics(content)
+        _check_names(metrics)
         return Evaluation(
-            _num_examples(metrics), _number(metrics, "loss"), _number(metrics, "accuracy")
+            _num_examples(metrics),
+            _number(metrics, "loss", 0, _MAX_LOSS),
+            _number(metrics, "accuracy", 0, 1),
         )
 
     def admit_bytes(self, content: RecordDict, client: str, nbytes: int, most: int) -> bytes:
@@ -136,6 +147,11 @@ def _check_values(tensors: EncodedArrays, plan: UpdatePlan) -> None:
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UpdateError(f"{name} holds NaN or infinity; lower the learning rate")
+        if (largest := np.abs(array).max(initial=0)) > MAX_MAGNITUDE:
+            raise UpdateError(
+                f"{name} holds a number of magnitude {largest:.3g}, at most {MAX_MAGNITUDE:g} is "
+                f"taken; lower the learning rate"
+            )
         if plan.by_name[name].role == "var" and (array < 0).any():
             raise UpdateError(f"{name} holds a negative variance, {array.min()}")
 
@@ -149,10 +165,21 @@ def _num_examples(metrics: Mapping[str, int | float]) -> int:
     return count
 
 
-def _number(metrics: Mapping[str, int | float], key: str) -> float:
+def _check_names(metrics: Mapping[str, int | float]) -> None:
     if len(metrics) > _MAX_METRICS:
         raise UpdateError(f"reply has {len(metrics)} metrics, {_MAX_METRICS} at most are read")
+    for name in metrics:
+        if len(name) > _MAX_METRIC_NAME:
+            raise UpdateError(
+                f"metric {name[:_MAX_METRIC_NAME]} has a name of {len(name)} characters, "
+                f"{_MAX_METRIC_NAME} at most are taken; shorten it"
+            )
+
+
+def _number(metrics: Mapping[str, int | float], key: str, least: float, most: float) -> float:
     value = metrics.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UpdateError(f"{key} must be a finite number, got {value!r}")
+    if not least <= value <= most:
+        raise UpdateError(f"{key} must be from {least:g} to {most:g}, got {value!r}")
     return float(value)

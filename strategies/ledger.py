@@ -11,6 +11,8 @@ from fleet.plan import UpdatePlan
 from fleet.records import ClientReport, RoundReport
 from fleet.state import ClientUpdate
 
+_MAX_REASON = 2000  # characters of why a client does not count
+
 
 class Traffic:
     """Bytes one way: by client, and by what they are."""
@@ -75,6 +77,19 @@ class Ledger:
         self.updates.append(update)
         for arrays in (update.delta, update.statistics):
             self.up.find_roles(_roles(arrays, update.plan))
+
+    def refuse(self, client: str, reason: str | None) -> None:
+        """Book why something that a client sent, or did not send, does not count.
+
+        What was booked for it before stays. Of a long reason the end is kept:
+        a traceback says most there.
+        """
+        # Clients write some of these: of characters, the printable ones, and lines.
+        reason = "".join(c for c in (reason or "")[-_MAX_REASON:] if c.isprintable() or c == "\n")
+        reason, before = reason.strip() or "no reason given", self.refused.get(client, "")
+        if not before.endswith(reason):
+            both = f"{before}; {reason}" if before else reason
+            self.refused[client] = both[-_MAX_REASON:]
 
     def report(self, server_round: int) -> RoundReport:
         """The round as it goes on record."""

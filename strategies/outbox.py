@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 
 from fleet.codec import Download, Versions, parse_codec
 from fleet.message import Task, content_bytes, write_state, write_task
@@ -42,7 +42,8 @@ class Outbox:
         self._version_0 = self.versions.newest
         self._held: dict[str, str | None] = {}  # client → version
         self._acknowledged: dict[str, int] = {}  # client → round
-        self._under_way: dict[str, str] = {}  # client → version that its message leads to
+        # Client → its newest message, which has no id before it is sent, and where that leads.
+        self._under_way: dict[str, tuple[Metadata, str]] = {}
 
     def write(
         self, server_round: int, nodes: Mapping[str, int], kind: str, ledger: Ledger
@@ -63,9 +64,9 @@ class Outbox:
             ledger.down.add(name, states[held].nbytes_with(task), states[held].roles)
             if states[held].download.is_full_state:
                 ledger.full_state.add(name)
-            self._under_way[name] = self.versions.newest
             content = RecordDict({**task, **states[held].content})
             messages[name] = Message(content, node, kind)
+            self._under_way[name] = messages[name].metadata, self.versions.newest
         return messages
 
     def ask(
@@ -83,10 +84,16 @@ class Outbox:
             messages[name] = Message(content, node, kind)
         return messages
 
-    def arrived(self, client: str) -> None:
-        """A client answered a message: it holds that message's version."""
-        if client in self._under_way:
-            self._held[client] = self._under_way.pop(client)
+    def arrived(self, client: str, message_id: str) -> None:
+        """A client answered a message: it holds that message's version.
+
+        An answer to an older message than its newest says nothing: that
+        version may be one that the client has left behind.
+        """
+        metadata, version = self._under_way.get(client, (None, ""))
+        if metadata is not None and metadata.message_id == message_id:
+            del self._under_way[client]
+            self._held[client] = version
 
     def lost(self, client: str) -> None:
         """A client says that it holds no version: it is sent the state next time."""

@@ -1,6 +1,7 @@
 """Who is in the fleet, and who trains in a round."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence, Set
 from logging import INFO, WARNING
 
@@ -10,12 +11,22 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fleet.errors import ConfigError, UpdateError
-from fleet.message import Enrolment, read_enrolment
+from fleet.message import Enrolment, content_bytes, read_enrolment
+from strategies.streaming import StreamingGrid
 
 _POLL_SECONDS = 1.0
 # A node that was turned away, or said nothing, is asked again no sooner than this;
 # nor do rounds wait longer for a newcomer once there are clients enough.
+# Each time that it does so again, it is asked half as often: it must not keep rounds waiting.
 _PATIENCE_SECONDS = 60.0
+_MAX_DOUBLINGS = 6  # so about once an hour
+
+# What an introduction may say. It goes into logs and records, and classes into the head.
+_MAX_ENROLMENT_BYTES = 2**20
+_MAX_NAME = 256  # characters, of a client or a class
+_MAX_CLASSES = 10_000  # of one client
+_MAX_REASONS = 100  # that are remembered of clients turned away
+_MAX_REASON = 1000  # characters
 
 
 class Roster:
@@ -27,10 +38,11 @@ class Roster:
     """
 
     def __init__(self, grid: Grid, timeout: float) -> None:
-        self._grid = grid
+        self._grid = StreamingGrid(grid)
         self._timeout = timeout
         self._enrolled: dict[int, Enrolment] = {}  # node id → who it is
-        self._asked: dict[int, float] = {}  # node id → when it was last asked
+        self._ask_again: dict[int, float] = {}  # node id → when, at the earliest
+        self._turned_away: Counter[int] = Counter()  # node id → how often
         self._reasons: set[str] = set()  # why clients were turned away
 
     def online(self, min_clients: int) -> dict[str, int]:
@@ -65,6 +77,7 @@ class Roster:
 
     def _checked(self, enrolment: Enrolment, online: Set[int]) -> Enrolment:
         """Two clients of one name would take each other's place unnoticed."""
+        check_enrolment(enrolment)
         names = {e.name for node, e in self._enrolled.items() if node in online}
         if enrolment.name in names:
             raise UpdateError(
@@ -76,10 +89,14 @@ class Roster:
     def _enrol(self, nodes: Sequence[int], online: Set[int], timeout: float) -> None:
         """Ask new nodes who they are."""
         now = time.monotonic()
-        nodes = [n for n in nodes if now - self._asked.get(n, -np.inf) >= _PATIENCE_SECONDS]
+        nodes = [n for n in nodes if now >= self._ask_again.get(n, -np.inf)]
         if not nodes:
             return
-        self._asked |= dict.fromkeys(nodes, now)
+        for node in nodes:  # one that enrols is not asked again
+            self._ask_again[node] = now + _PATIENCE_SECONDS * 2 ** min(
+                self._turned_away[node], _MAX_DOUBLINGS
+            )
+            self._turned_away[node] += 1
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         replies = list(self._grid.send_and_receive(questions, timeout=timeout))
         # A reply may name any sender; which question it answers, it cannot choose.
@@ -90,11 +107,52 @@ class Roster:
                 if reply.has_error():
                     raise UpdateError(str(reply.error.reason))
                 if node is not None:
-                    self._enrolled[node] = self._checked(read_enrolment(reply.content), online)
+                    self._enrolled[node] = self._checked(_introduction(reply), online)
             except UpdateError as error:
-                if str(error) not in self._reasons:
-                    log(WARNING, "a client was refused: %s", error)
-                self._reasons.add(str(error))
+                self._turn_away(str(error)[-_MAX_REASON:])
+
+    def _turn_away(self, reason: str) -> None:
+        if reason not in self._reasons and len(self._reasons) < _MAX_REASONS:
+            log(WARNING, "a client was refused: %s", reason)
+            self._reasons.add(reason)
+
+
+def check_enrolment(enrolment: Enrolment) -> None:
+    """Hold what a client says of itself against what is taken.
+
+    Raises:
+        UpdateError: if its name or a class's is empty, too long or not
+            printable, it has too many classes, or a number of images that is none.
+    """
+    for what, name in [("client", enrolment.name), *(("class", c) for c in enrolment.classes)]:
+        if not name.strip() or len(name) > _MAX_NAME or not name.isprintable():
+            raise UpdateError(
+                f"a {what} is called {name[:40]!r}; a name has 1 to {_MAX_NAME} printable "
+                f"characters, this one {len(name)}"
+            )
+    if len(enrolment.classes) > _MAX_CLASSES:
+        raise UpdateError(
+            f"client {enrolment.name} has {len(enrolment.classes)} classes, {_MAX_CLASSES} at "
+            f"most are taken; check the labels of its data"
+        )
+    if enrolment.num_examples < 0:
+        raise UpdateError(
+            f"client {enrolment.name} has {enrolment.num_examples} images; expected 0 or more"
+        )
+
+
+def _introduction(reply: Message) -> Enrolment:
+    try:
+        nbytes = content_bytes(reply.content)
+        if nbytes <= _MAX_ENROLMENT_BYTES:
+            return read_enrolment(reply.content)
+    except UpdateError:
+        raise
+    except Exception as error:  # of a reply that no check foresaw
+        raise UpdateError(f"enrolment cannot be read ({error!r:.200})") from error
+    raise UpdateError(
+        f"an enrolment has {nbytes} bytes, {_MAX_ENROLMENT_BYTES} at most are read; refused"
+    )
 
 
 def sample(names: Sequence[str], count: int, seed: int, server_round: int) -> list[str]:

@@ -4,6 +4,8 @@ import os
 import tempfile
 from dataclasses import dataclass
 
+from fleet.errors import UpdateError
+
 _MEMORY_BYTES = 128 * 2**20
 
 
@@ -20,7 +22,7 @@ class _Stored:
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self.length)
-        return os.pread(self.file, stop - start, self.start + start)
+        return os.pread(self.file, max(0, stop - start), self.start + start)
 
 
 class Spool:
@@ -36,14 +38,24 @@ class Spool:
         self._end = 0
 
     def keep(self, data: bytes) -> bytes | _Stored:
-        """Something that slices to the same bytes, until the spool is closed."""
+        """Something that slices to the same bytes, until the spool is closed.
+
+        Raises:
+            UpdateError: if there is no place for them; those kept before stay.
+        """
         if len(data) <= self._room:
             self._room -= len(data)
             return data
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="fleet-updates-")  # noqa: SIM115
-        self._file.write(data)
-        self._file.flush()
+        try:
+            if self._file is None:
+                # Unbuffered: what could not be written must not be tried again at the end.
+                self._file = tempfile.TemporaryFile(prefix="fleet-updates-", buffering=0)  # noqa: SIM115
+            _write(self._file.fileno(), data, self._end)
+        except OSError as error:
+            raise UpdateError(
+                f"no place on the server for this update of {len(data)} bytes ({error.strerror}); "
+                f"free space in {tempfile.gettempdir()}, or set TMPDIR to a folder that has some"
+            ) from error
         stored = _Stored(self._file.fileno(), self._end, len(data))
         self._end += len(data)
         return stored
@@ -53,3 +65,11 @@ class Spool:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _write(file: int, data: bytes, start: int) -> None:
+    """All of it, from `start` on: over what a write that failed may have left there."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, start)
+        rest, start = rest[written:], start + written

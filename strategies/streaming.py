@@ -1,13 +1,31 @@
 """A grid that hands out replies as they arrive, and forgets nobody who is late."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Set
+from logging import WARNING
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
+from google.protobuf.message import DecodeError
+
+from fleet.message import REFUSED
 
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
+_UNSENT = "the message could not be sent; the server's log says why"
+# What building a reply from bytes that are none raises. A network that fails raises others.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    DecodeError,
+    UnexpectedObjectContentError,
+)
 
 
 class StreamingGrid(Grid):
@@ -29,6 +47,7 @@ class StreamingGrid(Grid):
         self._waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: set[str] = set()  # ids of messages that nobody waits for any more
         self._late: list[str] = []
+        self._singly = False  # whether replies are fetched one by one
 
     def set_run(self, run: Any) -> None:
         """As the grid below."""
@@ -68,13 +87,18 @@ class StreamingGrid(Grid):
         """Send at once; yield replies as they come, until all are there or the time is over."""
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         messages = list(messages)
-        sent = self._grid.push_messages(messages) if messages else []
-        return self._replies({message_id for message_id in sent if message_id}, deadline)
+        # Flower gives no id, or None, for a message that it could not push.
+        sent = set(self._grid.push_messages(messages) if messages else [])
+        by_id = {m.metadata.message_id: m for m in messages if m.metadata.message_id in sent}
+        unsent = [_error(_UNSENT, m) for m in messages if m.metadata.message_id not in by_id]
+        return self._replies(by_id, unsent, deadline)
 
     def take_late(self) -> list[str]:
         """Ids of earlier messages whose replies have come since, to be dropped."""
         while self._outstanding:
-            replies = list(self._grid.pull_messages(set(self._outstanding)))
+            replies, unreadable = self._pull(self._outstanding)
+            self._late += unreadable
+            self._outstanding.difference_update(unreadable)
             if not replies:
                 break
             self._late += [reply.metadata.reply_to_message_id for reply in replies]
@@ -82,11 +106,16 @@ class StreamingGrid(Grid):
         late, self._late = self._late, []
         return late
 
-    def _replies(self, waiting: set[str], deadline: float) -> Iterator[Message]:
+    def _replies(
+        self, by_id: Mapping[str, Message], unsent: list[Message], deadline: float
+    ) -> Iterator[Message]:
+        yield from unsent
+        waiting = set(by_id)
         pulled: list[Message] = []
         try:
             while waiting and time.monotonic() < deadline:
-                pulled = list(self._grid.pull_messages(set(waiting)))
+                pulled, unreadable = self._pull(waiting)
+                pulled += [_error(why, by_id[i]) for i, why in unreadable.items()]
                 waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
                 if not pulled:
                     if not self._waits:
@@ -97,6 +126,35 @@ class StreamingGrid(Grid):
         finally:
             self._outstanding |= waiting
             self._late += [reply.metadata.reply_to_message_id for reply in pulled]
+
+    def _pull(self, message_ids: Set[str]) -> tuple[list[Message], dict[str, str]]:
+        """Replies that are there, and why others cannot be read.
+
+        Flower hands out replies a batch at a time, and builds them as it does. One
+        that is no message makes it raise, and what it had got by then is lost. So
+        from the first of that kind on, replies are fetched one by one.
+        """
+        if not self._singly:
+            try:
+                return list(self._grid.pull_messages(set(message_ids))), {}
+            except _UNREADABLE as error:
+                if not self._waits:  # in one process nothing is built from bytes: a fault of ours
+                    raise
+                log(WARNING, "a reply cannot be read (%.200r); others may be lost", error)
+                self._singly = True
+                return [], {}
+        replies, unreadable = [], {}
+        for message_id in sorted(message_ids):
+            try:
+                replies += self._grid.pull_messages({message_id})
+            except _UNREADABLE as error:
+                unreadable[message_id] = f"reply cannot be read ({error!r:.200})"
+        return replies, unreadable
+
+
+def _error(reason: str, message: Message) -> Message:
+    """In the place of a reply."""
+    return Message(Error(REFUSED, reason), reply_to=message)
 
 
 def close(replies: Iterable[Message]) -> None:

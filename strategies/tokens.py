@@ -37,7 +37,9 @@ class Tokens:
                 and from when it is instead.
         """
         expected = self._open.get(client)
-        if expected is not None and secrets.compare_digest(token.encode(), expected.encode()):
+        if expected is not None and secrets.compare_digest(
+            token.encode(errors="replace"), expected.encode()
+        ):
             del self._open[client]
             return
         if token not in self._issued:

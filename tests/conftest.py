@@ -11,6 +11,7 @@ LONG_FILES = (
     "test_launch.py",
     "test_memory_limit.py",
     "test_flwr_run.py",
+    "test_gate_fuzz.py",
     "test_finetune.py",
     "test_inverted_residual.py",
     "test_dry_run.py",

@@ -153,8 +153,8 @@ class EncodedArrays(Mapping[str, np.ndarray]):
             most = _format(self._codec, spec).most(spec.shape)
             if not 0 <= size <= most:
                 raise UpdateError(
-                    f"{spec.name} has {size} bytes, {self._payload.codec} takes {most} at most; "
-                    f"the payload was cut, padded or damaged"
+                    f"{spec.name} has {size} bytes, {self._payload.codec:.40} takes {most} at "
+                    f"most; the payload was cut, padded or damaged"
                 )
             slices[spec.name] = slice(start, start + size)
             start += size

@@ -22,7 +22,12 @@ def task_identity(monkeypatch):
 
 @pytest.fixture
 def toy_plan():
-    """Five blocks, each of a weight, a shift and the statistics of one norm, and a head."""
+    """As `five_blocks`."""
+    return five_blocks()
+
+
+def five_blocks():
+    """A plan of five blocks, each of a weight, a shift and a norm's statistics, and a head."""
     specs = []
     for depth in range(5, 0, -1):
         block = f"blocks.{5 - depth}"

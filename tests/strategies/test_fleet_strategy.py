@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fleet.codec import UnknownVersion, decode, encode, follow, version_of
 from fleet.config import default_settings, read_config
-from fleet.errors import PlanError
+from fleet.errors import PlanError, UpdateError
 from fleet.evaluation import Evaluation
 from fleet.message import (
     Enrolment,
@@ -26,6 +26,7 @@ from strategies.algorithm import compose
 from strategies.fleet_strategy import FleetStrategy
 from strategies.sampling import Roster
 from strategies.server_opt import adam, sgd
+from strategies.spool import Spool
 from tests import reference
 
 BLOCKS = {"pi-0": 1, "pi-1": 3, "pi-2": 5, "pi-3": 0}
@@ -538,3 +539,74 @@ def test_bytes_are_told_by_client_and_by_role(run, updates, initial):
         for spec in update.plan.specs:
             sizes[spec.role] = sizes.get(spec.role, 0) + spec.nbytes
     assert {r: n for r, n in report.bytes_by_role["up"].items() if r != "headers"} == sizes
+
+
+def test_updates_that_together_overflow_leave_the_model_and_the_run(run, updates, initial):
+    def overflow(updates, memory):
+        """A rule by which finite updates come to more than float32 holds."""
+        aggregate, memory = MEAN.aggregate(updates, memory)
+        delta = {n: np.full_like(a, 1e39) for n, a in aggregate.delta.items()}
+        return dataclasses.replace(aggregate, delta=delta), memory
+
+    rule = Rule(MEAN.init, overflow)
+    with np.errstate(over="ignore"):
+        strategy, _, _ = run(answers(updates()), rounds=2, rule=rule)
+    for report in strategy.reports[1:]:
+        assert not report.stepped
+        assert report.refused.keys() == BLOCKS.keys()
+        assert "would hold NaN or infinity; the model stays" in report.refused["pi-0"]
+    for name, array in initial.tensors.items():
+        assert strategy.state.tensors[name].tobytes() == array.tobytes()
+
+
+def test_one_clients_absurd_loss_does_not_end_the_run(run, updates):
+    evaluations = dict.fromkeys(BLOCKS, scores(5, 1.0, 0.5)) | {"pi-1": scores(10**7, 1e308, 0.5)}
+    strategy, _, _ = run(evaluating(answers(updates()), evaluations), evaluate=None)
+    assert strategy.reports[1].loss == 1.0
+    assert strategy.reports[1].refused == {
+        "pi-1": "evaluation: loss must be from 0 to 1e+30, got 1e+308"
+    }
+
+
+def test_a_refused_update_and_a_refused_evaluation_are_both_on_record(run, updates):
+    updates = updates()
+    updates["pi-1"].delta["head.weight"][0, 0] = np.nan
+    evaluations = dict.fromkeys(BLOCKS, scores(5, 1.0, 0.5)) | {"pi-1": None, "pi-2": None}
+    strategy, _, _ = run(evaluating(answers(updates), evaluations), evaluate=None)
+    assert strategy.reports[1].refused == {
+        "pi-1": "head.weight holds NaN or infinity; lower the learning rate; "
+        "evaluation: no reply within 0.5 s",
+        "pi-2": "evaluation: no reply within 0.5 s",
+    }
+
+
+def test_a_full_disk_refuses_the_update_and_the_round_goes_on(run, updates, monkeypatch):
+    def full(self, data):
+        raise UpdateError("no place on the server")
+
+    monkeypatch.setattr(Spool, "keep", full)
+    strategy, _, _ = run(answers(updates()), rounds=2)
+    for report in strategy.reports[1:]:
+        assert report.refused == dict.fromkeys(BLOCKS, "no place on the server")
+        assert not report.stepped
+
+
+def test_what_no_check_foresaw_is_refused_too(run, updates, monkeypatch):
+    def broken(content):
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr("strategies.gate.read_update", broken)
+    strategy, _, _ = run(answers(updates()))
+    reason = "reply cannot be read (ZeroDivisionError('unforeseen'))"
+    assert strategy.reports[1].refused == dict.fromkeys(BLOCKS, reason)
+
+
+def test_text_that_is_no_text_is_refused(run, updates):
+    def answer(message):
+        reply = trained(updates()["pi-0"])
+        reply["header"]["codec"] = "\ud800"  # half a character, which cannot even be counted
+        return reply
+
+    strategy, _, _ = run(answers(updates()) | {"pi-0": answer})
+    assert "reply cannot be read (" in strategy.reports[1].refused["pi-0"]
+    assert len(strategy.reports[1].clients) == len(BLOCKS) - 1

@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 from fleet.codec import encode
 from fleet.errors import UpdateError
 from fleet.message import content_bytes, write_metrics, write_update
-from strategies.gate import MAX_EXAMPLES, Gate
+from strategies.gate import MAX_EXAMPLES, MAX_MAGNITUDE, Gate
 from strategies.tokens import Tokens
 
 METRICS = {
@@ -259,6 +259,55 @@ def test_a_missing_metric_is_refused(toy_plan, reply, key):
 def test_a_metric_that_is_not_finite_is_refused(toy_plan, reply, key, value):
     with pytest.raises(UpdateError, match=f"{key} must be a finite number, got {value}"):
         admit(reply(metrics={key: float(value)}), "pi-1", toy_plan)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("loss", 1e308, "loss must be from -1e.30 to 1e.30, got 1e.308"),
+        ("peak-bytes", -1, "peak-bytes must be from 0 to 9.0072e.15, got -1"),
+        ("peak-bytes", 1e300, "peak-bytes must be from 0 to"),
+        ("seconds", -0.5, "seconds must be from 0 to 1e.09, got -0.5"),
+    ],
+)
+def test_a_metric_out_of_range_is_refused(toy_plan, reply, key, value, text):
+    with pytest.raises(UpdateError, match=text):
+        admit(reply(metrics={key: value}), "pi-1", toy_plan)
+
+
+@pytest.mark.parametrize("accuracy", [-0.1, 1.5])
+def test_an_accuracy_out_of_range_is_refused(accuracy):
+    with pytest.raises(UpdateError, match=f"accuracy must be from 0 to 1, got {accuracy}"):
+        admit_evaluation(write_metrics({"num-examples": 3, "loss": 1.0, "accuracy": accuracy}))
+
+
+def test_a_metric_of_a_long_name_is_refused(toy_plan, reply):
+    text = "metric x{64} has a name of 65 characters, 64 at most are taken; shorten it"
+    with pytest.raises(UpdateError, match=text):
+        admit(reply(metrics={"x" * 65: 1}), "pi-1", toy_plan)
+    assert admit(reply(metrics={"x" * 64: 1}), "pi-1", toy_plan).metrics["x" * 64] == 1
+
+
+@pytest.mark.parametrize("value", [1.1e15, -3e38])
+@pytest.mark.parametrize("name", [WEIGHT, MEAN, VAR])
+def test_values_with_which_nothing_can_be_reckoned_are_refused(toy_plan, reply, name, value):
+    array = arrays_of(toy_plan)[name]
+    array.flat[-1] = value
+    text = rf"{name} holds a number of magnitude {abs(value):.2g}.*, at most 1e\+15 is taken"
+    with pytest.raises(UpdateError, match=text.replace("e+", r"e\+")):
+        admit(reply(tensors={name: array}), "pi-1", toy_plan)
+
+
+def test_the_largest_that_is_taken_has_a_finite_square():
+    assert np.isfinite(np.square(np.float32(MAX_MAGNITUDE)) * np.float32(10**8))
+
+
+def test_the_name_of_a_codec_cannot_fill_the_record(toy_plan, reply):
+    content = reply()
+    content["header"]["codec"] = "topk:0.1" + "0" * 20_000 + "1"
+    with pytest.raises(UpdateError) as error:
+        admit(content, "pi-1", toy_plan)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

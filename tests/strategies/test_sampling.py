@@ -1,7 +1,9 @@
 import random
 
+import numpy as np
 import pytest
 from flwr.app import Error, Message
+from google.protobuf.message import DecodeError
 
 from fleet.errors import ConfigError
 from fleet.message import Enrolment, refusal, write_enrolment, write_metrics
@@ -142,3 +144,78 @@ def test_a_reply_counts_for_the_node_that_was_asked_not_for_the_one_it_names(scr
         return reply
 
     assert Roster(scripted_grid({1: forges}), timeout=5).online(1) == {"a": 1}
+
+
+HOSTILE_ENROLMENTS = {
+    "long name": (enrols("x" * 10_000_000), "an enrolment has 1000.* bytes, 1048576 at most are"),
+    "name of 300": (enrols("x" * 300), "a client is called 'x{40}'; a name has 1 to 256 printable"),
+    "no name": (enrols(" "), "a client is called ' '; a name has"),
+    "cursor": (enrols("a\x1b[2J"), r"a client is called 'a.x1b\[2J'; a name has"),
+    "class": (enrols("b", ("cat", "d\nog")), r"a class is called 'd.nog'; a name has"),
+    "classes": (
+        enrols("b", tuple(map(str, range(10_001)))),
+        "client b has 10001 classes, 10000 at most are taken; check the labels",
+    ),
+    "images": (
+        lambda m: write_enrolment(Enrolment("b", -1, ())),
+        "client b has -1 images; expected 0 or more",
+    ),
+    "name is a list": (
+        lambda m: write_enrolment(Enrolment(["b"], 1, ())),
+        "reply holds no readable enrolment",
+    ),
+    "half a character": (enrols("\ud800"), "enrolment cannot be read"),
+    "endless reason": (
+        lambda m: Message(Error(2, "x" * 10_000_000 + "its app crashed"), reply_to=m),
+        "x{500}its app crashed",
+    ),
+    "no reason": (lambda m: Message(Error(2, None), reply_to=m), "None"),
+}
+
+
+@pytest.mark.parametrize(("hostile", "text"), HOSTILE_ENROLMENTS.values(), ids=HOSTILE_ENROLMENTS)
+def test_a_hostile_enrolment_is_turned_away_with_a_short_reason(scripted_grid, hostile, text):
+    roster = Roster(scripted_grid({1: hostile, 2: enrols("a")}), timeout=0.05)
+    assert roster.online(1) == {"a": 2}
+    assert roster.classes() == ("cat", "dog")
+    with pytest.raises(ConfigError, match=text) as error:
+        roster.online(2)
+    assert len(str(error.value)) < 1500
+
+
+def test_an_enrolment_that_cannot_be_built_ends_nothing(scripted_grid):
+    def damaged(message):
+        raise DecodeError("Error parsing message")
+
+    grid = scripted_grid({1: enrols("a")})
+    roster = Roster(grid, timeout=0.05)
+    assert roster.online(1) == {"a": 1}
+    grid.nodes[2] = damaged
+    assert roster.online(1) == {"a": 1}
+
+
+def test_reasons_that_are_remembered_are_few(scripted_grid):
+    def refuses(i):
+        return lambda m: refusal(ConfigError(f"reason {i}"), m)
+
+    roster = Roster(scripted_grid({i: refuses(i) for i in range(300)}), timeout=0.05)
+    with pytest.raises(ConfigError) as error:
+        roster.online(1)
+    assert len(str(error.value).splitlines()) == 101
+
+
+def test_a_silent_node_is_asked_ever_more_seldom(scripted_grid, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sampling.time, "monotonic", lambda: clock[0])
+    grid = scripted_grid({1: enrols("a"), 2: lambda m: None})
+    grid.answers_at_once = True  # the clock stands still
+    roster = Roster(grid, timeout=5)
+    asked = []
+    for minute in range(1000):
+        clock[0] = 60.0 * minute
+        before = len(grid.sent)
+        roster.online(1)
+        if any(m.metadata.dst_node_id == 2 for m in grid.sent[before:]):
+            asked.append(minute)
+    assert asked[:8] == [0, 1, 3, 7, 15, 31, 63, 127]
+    assert set(np.diff(asked[7:])) == {64}
