@@ -163,6 +163,10 @@ class UpdatePlan:
 
     def summary(self) -> dict[str, Any]:
         """The plan without its specs, which each side derives: what travels."""
+        return dict(self._summary)
+
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
         plan = self.as_dict()
         for field in _DERIVED:
             del plan[field]
