@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from fleet.message import REFUSED
 
+_REMEMBERED = 10_000  # messages whose late replies are counted
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
 _UNSENT = "the message could not be sent; the server's log says why"
 # What building a reply from bytes that are none raises. A network that fails raises others.
@@ -45,7 +46,7 @@ class StreamingGrid(Grid):
         self._poll_seconds = poll_seconds
         # A simulated fleet answers as it is asked: what does not come then, never comes.
         self._waits = not getattr(grid, "answers_at_once", False)
-        self._outstanding: set[str] = set()  # ids of messages that nobody waits for any more
+        self._outstanding: dict[str, None] = {}  # ids of messages that nobody waits for any more
         self._late: list[str] = []
         self._singly = False  # whether replies are fetched one by one
 
@@ -96,13 +97,13 @@ class StreamingGrid(Grid):
     def take_late(self) -> list[str]:
         """Ids of earlier messages whose replies have come since, to be dropped."""
         while self._outstanding:
-            replies, unreadable = self._pull(self._outstanding)
-            self._late += unreadable
-            self._outstanding.difference_update(unreadable)
+            replies, unreadable = self._pull(self._outstanding.keys())
+            came = [*unreadable, *(reply.metadata.reply_to_message_id for reply in replies)]
+            self._late += came
+            for message_id in came:
+                self._outstanding.pop(message_id, None)
             if not replies:
                 break
-            self._late += [reply.metadata.reply_to_message_id for reply in replies]
-            self._outstanding.difference_update(self._late)
         late, self._late = self._late, []
         return late
 
@@ -124,7 +125,9 @@ class StreamingGrid(Grid):
                 while pulled:
                     yield pulled.pop(0)
         finally:
-            self._outstanding |= waiting
+            self._outstanding |= dict.fromkeys(sorted(waiting))
+            while len(self._outstanding) > _REMEMBERED:  # the oldest will not come any more
+                del self._outstanding[next(iter(self._outstanding))]
             self._late += [reply.metadata.reply_to_message_id for reply in pulled]
 
     def _pull(self, message_ids: Set[str]) -> tuple[list[Message], dict[str, str]]:

@@ -197,3 +197,14 @@ def test_a_fleet_that_answers_at_once_is_not_waited_for(scripted_grid, clock):
     grid.answers_at_once = True
     assert nodes_of(StreamingGrid(grid).send_and_receive(map(question, (1, 2)), timeout=60)) == [1]
     assert clock.slept == []
+
+
+def test_messages_that_nobody_ever_answers_are_forgotten_in_the_end(
+    scripted_grid, clock, monkeypatch
+):
+    monkeypatch.setattr(streaming, "_REMEMBERED", 3)
+    grid = scripted_grid({1: lambda message: None})
+    streaming_grid = StreamingGrid(grid, 0.5)
+    for _ in range(10):
+        list(streaming_grid.send_and_receive([question(1)], timeout=1.0))
+    assert list(streaming_grid._outstanding) == ["8", "9", "10"]
