@@ -10,11 +10,11 @@ import numpy as np
 from clients.client import Client
 from clients.memory import ClientMemory
 from clients.personal import load_norms, pretrained_norms
-from fleet.backbones import Backbone, load_backbone
+from fleet.backbones import Backbone, backbone_of
 from fleet.codec import FULL_STATE, Download, follow, parse_codec
 from fleet.config import ModelConfig
 from fleet.message import Task
-from fleet.plan import UpdatePlan, make_plan
+from fleet.plan import UpdatePlan, agreed_plan
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
 
@@ -93,23 +93,8 @@ def _load(
     config: ModelConfig, classes: tuple[str, ...], seed: int, device: str, asked: str
 ) -> Model:
     """Load the backbone and derive the plan whose summary, as JSON, is `asked`."""
-    backbone = load_backbone(
-        config.backbone,
-        num_classes=len(classes),
-        classes=classes,
-        image_size=config.image_size,
-        weights=config.weights,
-        seed=seed,
-    )
-    summary = json.loads(asked)
-    plan = make_plan(
-        backbone,
-        method=str(summary.get("method")),
-        blocks=int(summary.get("blocks", 0)),
-        train_tail=bool(summary.get("train_tail")),
-        local_norms=bool(summary.get("local_norms")),
-    )
-    plan.check_same(summary)
+    backbone = backbone_of(config, classes, seed)
+    plan = agreed_plan(backbone, json.loads(asked))
     initial = capture(backbone.model, plan)
     backbone.model.to(pick_device(device))
     return Model(backbone, plan, initial, pretrained_norms(backbone.model))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from fleet.config import ModelConfig
 from fleet.errors import ConfigError
 from fleet.structure import InvertedResidual, Step, UnknownBlock, trace
 from fleet.weights import download, load_into, packaged_lite0, read_classes, read_weights
@@ -124,6 +125,22 @@ def load_backbone(
         load_into(model, tensors, weights)
     preprocessing = _preprocessing(library, model, name, image_size)
     return read_backbone(name, model, preprocessing, num_classes, keep_head=keep_head)
+
+
+def backbone_of(config: ModelConfig, classes: Sequence[str], seed: int) -> Backbone:
+    """The backbone of a run's settings, with a head for these classes.
+
+    Raises:
+        ConfigError: as `load_backbone`.
+    """
+    return load_backbone(
+        config.backbone,
+        num_classes=len(classes),
+        classes=classes,
+        image_size=config.image_size,
+        weights=config.weights,
+        seed=seed,
+    )
 
 
 def read_backbone(

@@ -230,6 +230,23 @@ def make_plan(
     )
 
 
+def agreed_plan(backbone: "Backbone", summary: Mapping[str, Any]) -> UpdatePlan:
+    """The plan whose summary the server sent, derived from a backbone of one's own.
+
+    Raises:
+        PlanError: if it is not the server's, naming what differs.
+    """
+    plan = make_plan(
+        backbone,
+        method=str(summary.get("method")),
+        blocks=int(summary.get("blocks", 0)),
+        train_tail=bool(summary.get("train_tail")),
+        local_norms=bool(summary.get("local_norms")),
+    )
+    plan.check_same(summary)
+    return plan
+
+
 def _method_of(step: "Step", backbone: "Backbone", method: str) -> str:
     """The method by which a plan's method trains one step."""
     from fleet.structure import UnknownBlock  # here, as configuration needs no PyTorch

@@ -1,5 +1,6 @@
 """Hostile clients of a simulated fleet, around a ClientApp that is what it always is."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,13 +10,13 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MessageType
 
 from clients import local_update
-from fleet.backbones import load_backbone
+from fleet.backbones import backbone_of
 from fleet.codec import Payload, decode, encode
 from fleet.config import ModelConfig, RunConfig
 from fleet.data import ImageData
 from fleet.errors import UpdateError
 from fleet.message import Task, read_task, read_update, write_update
-from fleet.plan import UpdatePlan, make_plan
+from fleet.plan import UpdatePlan, agreed_plan
 from fleet.state import Arrays
 from simulations.attacks import Attack, forge
 from simulations.local_engine import ClientFunction, Exchange, Interference
@@ -121,38 +122,10 @@ def _all_finite(arrays: Arrays) -> bool:
 
 def _widest(task: Task, config: RunConfig) -> UpdatePlan:
     """The server's plan, derived as clients derive it."""
-    asked = task.plan
-    plan = _plan(
-        config.model,
-        task.classes,
-        config.seed,
-        str(asked["method"]),
-        int(asked["blocks"]),
-        bool(asked["train_tail"]),
-        bool(asked["local_norms"]),
-    )
-    plan.check_same(asked)
-    return plan
+    asked = json.dumps(task.plan, sort_keys=True)
+    return _plan(config.model, task.classes, config.seed, asked)
 
 
 @lru_cache(maxsize=2)
-def _plan(
-    model: ModelConfig,
-    classes: tuple[str, ...],
-    seed: int,
-    method: str,
-    blocks: int,
-    train_tail: bool,
-    local_norms: bool,
-) -> UpdatePlan:
-    backbone = load_backbone(
-        model.backbone,
-        num_classes=len(classes),
-        classes=classes,
-        image_size=model.image_size,
-        weights=model.weights,
-        seed=seed,
-    )
-    return make_plan(
-        backbone, method=method, blocks=blocks, train_tail=train_tail, local_norms=local_norms
-    )
+def _plan(model: ModelConfig, classes: tuple[str, ...], seed: int, asked: str) -> UpdatePlan:
+    return agreed_plan(backbone_of(model, classes, seed), json.loads(asked))

@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fleet.backbones import Backbone, load_backbone
+from fleet.backbones import Backbone, backbone_of
 from fleet.config import RunConfig, read_config
 from fleet.data import ImageData, load_data
 from fleet.errors import ConfigError, FleetError, UpdateError
@@ -146,15 +146,7 @@ def _held_out(config: RunConfig) -> ImageData:
 
 
 def _backbone(config: RunConfig, classes: tuple[str, ...]) -> Backbone:
-    model = config.model
-    backbone = load_backbone(
-        model.backbone,
-        num_classes=len(classes),
-        classes=classes,
-        image_size=model.image_size,
-        weights=model.weights,
-        seed=config.seed,
-    )
+    backbone = backbone_of(config.model, classes, config.seed)
     backbone.model.to(pick_device(config.local.device))
     return backbone
 

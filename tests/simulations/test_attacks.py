@@ -7,8 +7,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fleet.errors import ConfigError
-from fleet.plan import TensorSpec, UpdatePlan
+from fleet.plan import TensorSpec
 from simulations.attacks import FORMS, alie_z, forge, hostile_clients, read_attack
+from tests.plans import plan_of
 
 SHAPES = {"weight": (4, 3), "shift": (4,), "mean": (4,), "var": (4,)}
 
@@ -20,16 +21,7 @@ def toy_plan(blocks):
         for depth in range(1, blocks + 1)
         for role, shape in SHAPES.items()
     ]
-    return UpdatePlan(
-        backbone="toy",
-        preprocessing={},
-        step_digests={},
-        weights_digest="0" * 64,
-        method="mobiletl",
-        blocks=blocks,
-        train_tail=False,
-        specs=tuple(specs),
-    )
+    return plan_of(*specs, blocks=blocks)
 
 
 def update(blocks, seed):
