@@ -90,7 +90,7 @@ def test_a_tensor_that_no_honest_client_trains_is_attacked_by_the_hostile_ones_m
 def test_gaussian_noise_is_of_its_size_and_of_its_seed():
     one = {"head": np.zeros((200, 100), np.float32)}
     spec = TensorSpec(name="head", shape=(200, 100), role="weight", depth=0)
-    plan = UpdatePlan(**{**vars(toy_plan(0)), "specs": (spec,)})
+    plan = plan_of(spec, blocks=0)
 
     def noise(seed):
         rng = np.random.default_rng(seed)
