@@ -46,7 +46,6 @@ SEEDS = 3
 
 FULL = {"method": "full", "cache": "off"}
 SPARSE = "topk:0.02+int4"
-ATTACKED = {"rounds": 12}
 LOSSY = {"rounds": 50, "blocks": "1"}
 
 
@@ -78,10 +77,10 @@ def _both(codec: str) -> dict[str, Value]:
     return {"codec-up": codec, "codec-down": codec}
 
 
-def _attacked(rule: str, attack: str, seeds: int = SEEDS) -> Run:
+def _attacked(rule: str, attack: str, rounds: int = 12, seeds: int = SEEDS) -> Run:
     adversity = {"attack": attack, "hostile": 0.2} if attack else {}
-    name = f"{rule} / {attack or 'no attack'}"
-    return Run("attacks", name, ATTACKED | {"rule": rule}, adversity, seeds)
+    name = f"{rule}, {rounds} rounds / {attack or 'no attack'}"
+    return Run("attacks", name, {"rule": rule, "rounds": rounds}, adversity, seeds)
 
 
 RUNS = (  # what the claims need first
@@ -104,8 +103,9 @@ RUNS = (  # what the claims need first
         f"mobiletl k=3, head start, {SPARSE}",
         _both(SPARSE) | {"head-start": True, "learning-rate": 0.003},
     ),
+    *(_attacked(DEFAULT_RULE, attack, rounds=20) for attack in ATTACKS[:2]),
     Run("bytes", "full, float32", FULL),
-    *(_attacked(rule, attack, 1) for rule in OTHER_RULES for attack in ATTACKS[:2]),
+    *(_attacked(rule, attack, seeds=1) for rule in OTHER_RULES for attack in ATTACKS[:2]),
     Run("bytes", "mobiletl k=5, float32", {"blocks": "5"}, seeds=1),
 )
 
