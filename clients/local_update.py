@@ -72,16 +72,8 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
         "peak-bytes": result.peak_bytes,
         "seconds": result.seconds,
     }
-    payload = encode_update(
-        update,
-        narrow,
-        plan,
-        config.federation.codec_up,
-        round_seed,
-        memory,
-        task.server_round,
-        task.acknowledged,
-    )
+    codec = config.federation.codec_up
+    payload = encode_update(update, narrow, plan, codec, round_seed, memory)
     if narrow.local_specs:
         keep_norms(backbone.model, narrow, plan, memory)
     if config.federation.objective == "feddyn":

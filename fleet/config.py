@@ -285,6 +285,11 @@ class FederationConfig:
                 f"strategy is feddyn and rule is {self.rule}; its clients and server add up the "
                 f"same updates only under rule mean"
             )
+        if self.strategy == "feddyn" and self.quorum > 1:
+            raise ConfigError(
+                f"strategy is feddyn and quorum is {self.quorum}; its clients count updates that "
+                f"a quorum leaves out: set quorum to 1"
+            )
         if not 0 < self.objective_strength < math.inf:
             raise ConfigError(
                 f"objective-strength must be above 0 and finite, got {self.objective_strength}"

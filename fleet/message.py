@@ -35,7 +35,7 @@ class Task:
         plan: summary of the server's widest plan.
         classes: names of the classes, in the order of the head's outputs.
         server_round: from 1 on.
-        run: hexadecimal id of the run, the same over restarts of the server.
+        run: hexadecimal id of the run, under which clients remember.
         token: random, of this client and message; the reply has to carry it.
         acknowledged: round of the client's last update that was admitted; 0: none.
     """

@@ -91,6 +91,9 @@ def _check_fleet(config: RunConfig) -> None:
     for key, value in (
         ("min-clients", federation.min_clients),
         ("sampled", federation.sampled),
+        ("goal", federation.goal),
+        ("min-updates", federation.min_updates),
+        ("quorum", federation.quorum),
     ):
         if value > federation.clients:
             raise ConfigError(

@@ -68,7 +68,7 @@ def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
         of_rule, of_optimizer = memory
         aggregate, of_rule = combine.aggregate(updates, of_rule)
         parameters, of_optimizer = optimizer.update(
-            aggregate.delta, of_optimizer, parameters_of(state)
+            aggregate.delta, of_optimizer, parameters_of(state), aggregate.coverage
         )
         statistics = {n: np.asarray(a, np.float32) for n, a in aggregate.statistics.items()}
         tensors = {**state.tensors, **parameters, **statistics}
@@ -84,12 +84,12 @@ def parameters_of(state: TrainableState) -> dict[str, np.ndarray]:
     return {name: a for name, a in state.tensors.items() if not by_name[name].is_statistic}
 
 
-def algorithm(config: FederationConfig, seed: int, participation: float = 1.0) -> Algorithm:
+def algorithm(config: FederationConfig, seed: int, clients: int = 1) -> Algorithm:
     """The algorithm of a run's settings.
 
     Args:
         seed: of rules that draw lots.
-        participation: share of the fleet that a cohort is; FedDyn needs it.
+        clients: of the whole fleet; FedDyn needs it.
 
     Raises:
         ConfigError: for an unknown strategy or rule, a value out of range, or a
@@ -102,7 +102,7 @@ def algorithm(config: FederationConfig, seed: int, participation: float = 1.0) -
         config.strategy,
         learning_rate=config.server_learning_rate,
         momentum=config.server_momentum,
-        participation=participation,
+        clients=clients,
     )
     return compose(rule(config.rule, quorum=config.quorum, seed=seed), optimizer)
 

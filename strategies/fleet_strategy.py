@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO, WARNING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -11,14 +11,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fleet.config import FederationConfig
-from fleet.errors import UpdateError
+from fleet.errors import ConfigError, FleetError, UpdateError
 from fleet.evaluation import Evaluation
 from fleet.message import LOST_VERSION, content_bytes, write_exponent
 from fleet.plan import UpdatePlan
 from fleet.records import RoundReport
 from fleet.report import round_line
-from fleet.state import TrainableState
-from strategies.algorithm import Algorithm
+from fleet.state import ClientUpdate, TrainableState
+from strategies.algorithm import Algorithm, Step
 from strategies.gate import Gate
 from strategies.head_start import HeadStarter
 from strategies.ledger import Ledger
@@ -104,7 +104,10 @@ class FleetStrategy(Strategy):
     ) -> list[Message]:
         """Sample the cohort and bring it up to date."""
         self._ledger = Ledger()
-        self._ledger.late_replies = len(self._grid.take_late())
+        asked = {message.metadata.message_id: name for name, message in self._asked.items()}
+        for message_id, nbytes in self._grid.take_late():
+            self._ledger.late_replies += 1
+            self._ledger.up.add(asked.get(message_id, "unknown sender"), nbytes)
         online = self._roster.online(self._config.min_clients)
         names = sample(list(online), self._config.sampled, self._seed, server_round)
         self._ledger.asked = tuple(sorted(names))
@@ -116,7 +119,13 @@ class FleetStrategy(Strategy):
         """Admit replies until there are enough, and step the model; with too few it stays."""
         spool = Spool()
         try:
-            gate = Gate(self.plan, self._config.codec_up, self._tokens.spend, spool.keep)
+            gate = Gate(
+                self.plan,
+                self._config.codec_up,
+                self._tokens.spend,
+                spool.keep,
+                self._algorithm.equal_plans,
+            )
             for name, content, nbytes in self._answers(replies, goal=self._config.goal):
                 with self._refusing(name):
                     self._ledger.admit(gate.admit(content, name, nbytes))
@@ -244,21 +253,51 @@ class FleetStrategy(Strategy):
             self._ledger.refuse(name, f"{phase}reply cannot be read ({error!r:.200})")
 
     def _step(self, server_round: int) -> None:
+        """Step the model, or leave it where the algorithm cannot, with the reason for everyone."""
         ledger = self._ledger
         updates = sorted(ledger.updates, key=lambda update: update.client)
-        step = self._algorithm.step(updates, self.state, self._memory)
-        if (name := step.state.first_not_finite()) is not None:
+        try:
+            step = self._checked_step(updates, server_round)
+        except UpdateError as error:
+            log(WARNING, "round %d is abandoned: %s", server_round, error)
             for update in updates:
-                self._ledger.refuse(
-                    update.client,
-                    f"with this round's updates {name} would hold NaN or infinity; the model "
-                    f"stays. Lower server-learning-rate, or set rule to clipped_mean",
-                )
+                ledger.refuse(update.client, f"round abandoned: {error}")
             return
-        self.state, self._memory = step.state, step.memory
-        ledger.coverage, ledger.stepped = step.coverage, True
+        before, self.state, self._memory = self.state, step.state, step.memory
+        ledger.coverage = step.coverage
+        ledger.stepped = any(
+            (step.state.tensors[name] != array).any() for name, array in before.tensors.items()
+        )
         self._outbox.acknowledge([update.client for update in updates], server_round)
         self._outbox.versions.advance(self.state, [self._seed, server_round])
+
+    def _checked_step(self, updates: Sequence[ClientUpdate], server_round: int) -> Step:
+        """What the algorithm makes of the updates.
+
+        Raises:
+            UpdateError: if they come to no model.
+            ConfigError: if the algorithm itself is at fault.
+        """
+        try:
+            step = self._algorithm.step(updates, self.state, self._memory)
+        except FleetError:
+            raise
+        except Exception as error:  # whatever a strategy of the user's own does
+            raise ConfigError(
+                f"the strategy failed in round {server_round} on {len(updates)} updates "
+                f"({type(error).__name__}: {error}); mend its step or its rule"
+            ) from error
+        if not isinstance(step, Step) or not isinstance(step.state, TrainableState):
+            raise ConfigError(
+                f"the strategy's step returned {type(step).__name__}, not a "
+                f"strategies.algorithm.Step with the next state in it"
+            )
+        if (name := step.state.first_not_finite()) is not None:
+            raise UpdateError(
+                f"with this round's updates {name} would hold NaN or infinity; the model "
+                f"stays. Lower server-learning-rate, or set rule to clipped_mean"
+            )
+        return step
 
     def _end_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower calls this last in a round, and once before the first."""

@@ -42,12 +42,14 @@ class Gate:
         codec: that updates must be in.
         spend: (client, token) takes a reply's token, or raises UpdateError.
         keep: bytes → what slices to them; where admitted updates lie.
+        equal_plans: whether an update must be of the widest plan itself.
     """
 
     plan: UpdatePlan
     codec: str
     spend: Callable[[str, str], None]
     keep: Callable[[bytes], bytes] = bytes
+    equal_plans: bool = False
 
     def admit(self, content: RecordDict, client: str, nbytes: int) -> ClientUpdate:
         """Turn a reply into an update, if it is one.
@@ -71,6 +73,12 @@ class Gate:
             raise UpdateError(
                 f"update is of plan {payload.plan_digest[:8]}, which is no sub-plan of "
                 f"{self.plan.digest[:8]}; run the server's plan"
+            )
+        if self.equal_plans and narrow.digest != self.plan.digest:
+            raise UpdateError(
+                f"update is of {narrow.blocks} blocks, the run's strategy needs the same "
+                f"{self.plan.blocks} of every client; leave blocks and budget-mib out of this "
+                f"device's configuration"
             )
         tensors = EncodedArrays(payload, narrow)
         if parse_codec(payload.codec) != parse_codec(self.codec):

@@ -52,7 +52,6 @@ def run(grid: Grid, config: RunConfig) -> None:
     test = _held_out(config) if federation.evaluation == "server" else None
     roster = Roster(grid, timeout=federation.round_timeout)
     online = roster.online(federation.min_clients)
-    participation = min(1.0, (federation.sampled or len(online)) / len(online))
     classes = test.classes if test else roster.classes()
     backbone = _backbone(config, classes)
     plan = make_plan(
@@ -87,7 +86,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         roster,
         federation,
         config.seed,
-        algorithm(federation, config.seed, participation),
+        algorithm(federation, config.seed, clients=len(online)),
         evaluate=evaluate_state if test else None,
         on_round=end_round,
         run=secrets.token_hex(8),
@@ -123,13 +122,19 @@ def _check_plans(chosen: Algorithm, config: RunConfig) -> None:
 
 
 def _check_trained(reports: Sequence[RoundReport]) -> None:
-    """A run in which nobody trained has not succeeded, whatever it wrote."""
-    if any(report.clients for report in reports):
+    """A run whose model never moved has not succeeded, whatever it wrote."""
+    rounds = [report for report in reports if report.server_round > 0]
+    if any(report.stepped for report in rounds):
         return
-    reasons = Counter(reason for report in reports for reason in report.refused.values())
-    (reason, count), *_ = reasons.most_common(1) or [("nobody was asked", 0)]
+    what = "no client's update was admitted in any"
+    if any(report.clients for report in rounds):
+        what = "the model did not move in any"
+    reasons = Counter(reason for report in rounds for reason in report.refused.values())
+    (reason, count), *_ = reasons.most_common(1) or [
+        ("fewer updates than min-updates or quorum ask for", len(rounds))
+    ]
     raise UpdateError(
-        f"no client's update was admitted in any of {len(reports) - 1} rounds; "
+        f"{what} of {len(rounds)} rounds; "
         f"{count} times the reason was: {reason.strip().splitlines()[-1]}"
     )
 

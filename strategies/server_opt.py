@@ -30,7 +30,9 @@ class ServerOptimizer:
 
     Attributes:
         init: params → state, before the first step.
-        update: (delta, state, params) → (params, state). `delta` may name some of
+        update: (delta, state, params, trainers) → (params, state). `trainers` tells
+            how many clients trained each tensor, and may be left out; FedDyn takes
+            all of the fleet then. `delta` may name some of
             the params only; the others, and their state, are returned untouched.
             Params are float32 in and out, all arithmetic and state are float64. A NaN
             in delta comes out as a NaN in params: refusing it is the gate's task.
@@ -40,11 +42,11 @@ class ServerOptimizer:
     """
 
     init: Callable[[Arrays], OptState]
-    update: Callable[[Arrays, OptState, Arrays], tuple[Arrays, OptState]]
+    update: Callable[..., tuple[Arrays, OptState]]
 
 
 def server_optimizer(
-    name: str, *, learning_rate: float = 0.0, momentum: float, participation: float = 1.0
+    name: str, *, learning_rate: float = 0.0, momentum: float, clients: int = 1
 ) -> ServerOptimizer:
     """The optimiser of a run's settings.
 
@@ -52,7 +54,7 @@ def server_optimizer(
         name: one of `SERVER_OPTIMIZERS`.
         learning_rate: 0 means the optimiser's own default.
         momentum: FedAvgM's; the others have none or keep Flower's beta_1.
-        participation: share of the fleet's clients that train in a round; FedDyn's.
+        clients: of the whole fleet; FedDyn's.
 
     Raises:
         ConfigError: if the name is unknown, a value is out of range, or FedDyn
@@ -71,7 +73,7 @@ def server_optimizer(
                 f"feddyn has no learning rate, and server-learning-rate is {learning_rate:g}; "
                 f"set it to 0"
             )
-        settings["participation"] = participation
+        settings["clients"] = clients
     return SERVER_OPTIMIZERS[name](**settings)
 
 
@@ -88,7 +90,7 @@ def sgd(learning_rate: float = 1.0, momentum: float = 0.0) -> ServerOptimizer:
     def init(p: np.ndarray) -> TensorState:
         return {"velocity": _zeros(p)} if momentum else {}
 
-    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
+    def step(d: np.ndarray, state: TensorState, _: int | None) -> tuple[np.ndarray, TensorState]:
         if not momentum:
             return learning_rate * d, state
         velocity = momentum * state["velocity"] + d
@@ -120,7 +122,7 @@ def adam(
     def init(p: np.ndarray) -> TensorState:
         return {"steps": 0, "first_moment": _zeros(p), "second_moment": _zeros(p)}
 
-    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
+    def step(d: np.ndarray, state: TensorState, _: int | None) -> tuple[np.ndarray, TensorState]:
         steps = state["steps"] + 1
         m = beta_1 * state["first_moment"] + (1 - beta_1) * d
         v = beta_2 * state["second_moment"] + (1 - beta_2) * d**2
@@ -153,7 +155,7 @@ def yogi(
     def init(p: np.ndarray) -> TensorState:
         return {"first_moment": _zeros(p), "second_moment": _zeros(p)}
 
-    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
+    def step(d: np.ndarray, state: TensorState, _: int | None) -> tuple[np.ndarray, TensorState]:
         m = beta_1 * state["first_moment"] + (1 - beta_1) * d
         v = state["second_moment"]
         v = v - (1 - beta_2) * d**2 * np.sign(v - d**2)
@@ -176,39 +178,47 @@ def adagrad(learning_rate: float = 0.1, tau: float = 1e-3) -> ServerOptimizer:
     def init(p: np.ndarray) -> TensorState:
         return {"second_moment": _zeros(p)}
 
-    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
+    def step(d: np.ndarray, state: TensorState, _: int | None) -> tuple[np.ndarray, TensorState]:
         v = state["second_moment"] + d**2
         return learning_rate * d / (np.sqrt(v) + tau), {"second_moment": v}
 
     return _by_tensor(init, step)
 
 
-def feddyn(participation: float = 1.0) -> ServerOptimizer:
+def feddyn(clients: int) -> ServerOptimizer:
     """FedDyn's server, for clients that train with `fleet.objective.feddyn`.
 
-    g ← g + participation·d; p ← p + d + g.
+    g ← g + share·d; p ← p + d + g.
 
     The paper keeps h ← h − α·(1/m)·Σ (θ_k − θ) over the cohort P out of m clients
     and sets θ ← (1/|P|)·Σ θ_k − h/α. With d the cohort's mean delta and g = −h/α
-    that is the above, free of α, and participation is |P|/m. The paper's mean is
-    plain; weighted by num_examples it finds the minimum of the loss over all
-    images, if cohorts hold about as many as their share of clients.
-
-    Clients add up what they send, so g misses a reply that is lost or refused
-    for good, and is off by it/m: FedDyn is for fleets that answer.
+    that is the above, free of α, and share is |P|/m: of each tensor, the clients
+    whose updates of it count in this round, over all of the fleet. A client whose
+    update was lost moves neither side. The paper's mean is plain; weighted by
+    num_examples it finds the minimum of the loss over all images, if cohorts hold
+    about as many as their share of clients.
 
     Of a tensor that only some clients train, the minimum is theirs.
 
+    Args:
+        clients: m, of the whole fleet.
+
+    Raises:
+        ConfigError: if there is none.
+
     Source: Acar et al., arXiv:2111.04263, algorithm 1.
     """
-    if not 0 < participation <= 1:
-        raise ConfigError(f"participation must be above 0 and at most 1, got {participation}")
+    if clients < 1:
+        raise ConfigError(f"feddyn needs the number of the fleet's clients, got {clients}")
 
     def init(p: np.ndarray) -> TensorState:
         return {"drift": _zeros(p)}
 
-    def step(d: np.ndarray, state: TensorState) -> tuple[np.ndarray, TensorState]:
-        drift = state["drift"] + participation * d
+    def step(
+        d: np.ndarray, state: TensorState, trainers: int | None
+    ) -> tuple[np.ndarray, TensorState]:
+        share = 1.0 if trainers is None else min(1.0, trainers / clients)
+        drift = state["drift"] + share * d
         return d + drift, {"drift": drift}
 
     return _by_tensor(init, step)
@@ -224,7 +234,8 @@ SERVER_OPTIMIZERS: Mapping[str, Callable[..., ServerOptimizer]] = {
 }
 
 InitTensor = Callable[[np.ndarray], TensorState]
-StepTensor = Callable[[np.ndarray, TensorState], tuple[np.ndarray, TensorState]]
+# float64 delta, the tensor's state, how many trained it → float64 step, state
+StepTensor = Callable[[np.ndarray, TensorState, int | None], tuple[np.ndarray, TensorState]]
 
 
 def _by_tensor(init_tensor: InitTensor, step_tensor: StepTensor) -> ServerOptimizer:
@@ -233,11 +244,14 @@ def _by_tensor(init_tensor: InitTensor, step_tensor: StepTensor) -> ServerOptimi
     def init(params: Arrays) -> OptState:
         return {name: init_tensor(p) for name, p in params.items()}
 
-    def update(delta: Arrays, state: OptState, params: Arrays) -> tuple[Arrays, OptState]:
+    def update(
+        delta: Arrays, state: OptState, params: Arrays, trainers: Mapping[str, int] | None = None
+    ) -> tuple[Arrays, OptState]:
         _check_delta(delta, state, params)
         params, state = dict(params), dict(state)
         for name, d in delta.items():
-            step, state[name] = step_tensor(np.asarray(d, dtype=np.float64), state[name])
+            d = np.asarray(d, dtype=np.float64)
+            step, state[name] = step_tensor(d, state[name], (trainers or {}).get(name))
             params[name] = np.asarray(params[name] + step, dtype=np.float32)
         return params, state
 

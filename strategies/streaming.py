@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
 from google.protobuf.message import DecodeError
 
-from fleet.message import REFUSED
+from fleet.message import REFUSED, content_bytes
 
 _REMEMBERED = 10_000  # messages whose late replies are counted
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
@@ -47,7 +47,7 @@ class StreamingGrid(Grid):
         # A simulated fleet answers as it is asked: what does not come then, never comes.
         self._waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: dict[str, None] = {}  # ids of messages that nobody waits for any more
-        self._late: list[str] = []
+        self._late: list[tuple[str, int]] = []
         self._singly = False  # whether replies are fetched one by one
 
     def set_run(self, run: Any) -> None:
@@ -94,13 +94,13 @@ class StreamingGrid(Grid):
         unsent = [_error(_UNSENT, m) for m in messages if m.metadata.message_id not in by_id]
         return self._replies(by_id, unsent, deadline)
 
-    def take_late(self) -> list[str]:
-        """Ids of earlier messages whose replies have come since, to be dropped."""
+    def take_late(self) -> list[tuple[str, int]]:
+        """Earlier messages whose replies have come since, to be dropped: id, and bytes of each."""
         while self._outstanding:
             replies, unreadable = self._pull(self._outstanding.keys())
-            came = [*unreadable, *(reply.metadata.reply_to_message_id for reply in replies)]
+            came = [(message_id, 0) for message_id in unreadable] + list(map(_late, replies))
             self._late += came
-            for message_id in came:
+            for message_id, _ in came:
                 self._outstanding.pop(message_id, None)
             if not replies:
                 break
@@ -128,7 +128,7 @@ class StreamingGrid(Grid):
             self._outstanding |= dict.fromkeys(sorted(waiting))
             while len(self._outstanding) > _REMEMBERED:  # the oldest will not come any more
                 del self._outstanding[next(iter(self._outstanding))]
-            self._late += [reply.metadata.reply_to_message_id for reply in pulled]
+            self._late += map(_late, pulled)
 
     def _pull(self, message_ids: Set[str]) -> tuple[list[Message], dict[str, str]]:
         """Replies that are there, and why others cannot be read.
@@ -153,6 +153,11 @@ class StreamingGrid(Grid):
             except _UNREADABLE as error:
                 unreadable[message_id] = f"reply cannot be read ({error!r:.200})"
         return replies, unreadable
+
+
+def _late(reply: Message) -> tuple[str, int]:
+    nbytes = content_bytes(reply.content) if reply.has_content() else 0
+    return reply.metadata.reply_to_message_id, nbytes
 
 
 def _error(reason: str, message: Message) -> Message:

@@ -66,11 +66,6 @@ class Versions:
         """The version that a download leads to."""
         return self._versions[-1]
 
-    @property
-    def initial(self) -> str:
-        """The oldest version from which steps are kept."""
-        return self._versions[0]
-
     def advance(self, target: TrainableState, seed: Sequence[int]) -> None:
         """Make the newest version what is closest to `target` that the codec can say.
 

@@ -19,6 +19,8 @@ from strategies.aggregation.coordinatewise import median_statistics
 from strategies.aggregation.copies import average, counts_of, in_order
 from strategies.aggregation.protocol import Aggregate, Rule, stateless
 
+MOST_MEDIANS = 3.0  # of num_examples, that a client may weigh under `clipped_mean`
+
 
 def mean() -> Rule:
     """`weighted_mean` as a rule."""
@@ -60,8 +62,9 @@ def clipped_mean(bound: float | None = None) -> Rule:
     in the parts that all share. With equal plans the two are the same. A bound that is
     given is one on the whole delta, whichever tensors it has.
 
-    Weights are num_examples, which a client states itself: the gate's cap on them bounds
-    what a lie brings.
+    Weights are num_examples, which a client states itself. So none counts for more than
+    `MOST_MEDIANS` times the (lower) median of its group's: a client that claims ten
+    million images weighs what three typical ones do.
 
     Args:
         bound: most that ‖delta‖ may be; None takes the (lower) median.
@@ -80,6 +83,7 @@ def clipped_mean(bound: float | None = None) -> Rule:
 
         def weigh(group: Group) -> np.ndarray:
             counts = np.asarray(counts_of(group.trainers), dtype=np.float64)
+            counts = np.minimum(counts, MOST_MEDIANS * lower_median(counts))
             if bound is None:
                 norms = group.norms()
                 factors = clip_factors(norms, lower_median(norms))

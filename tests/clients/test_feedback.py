@@ -1,4 +1,4 @@
-"""Updates with error feedback over lost replies, restarts, other plans and damaged memories."""
+"""Updates with error feedback over restarts, lost replies, other plans and damaged memories."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ class Device:
         self.directory, self.codec, self.run = directory, codec, run
         self.due = {spec.name: np.zeros(spec.shape) for spec in WIDEST.specs}
         self.applied = {name: array.copy() for name, array in self.due.items()}
-        self.acknowledged = 0
+        self.lost = {name: array.copy() for name, array in self.due.items()}
 
     @property
     def memory(self):
@@ -37,28 +37,17 @@ class Device:
             self.codec,
             (1, server_round),
             self.memory,
-            server_round,
-            self.acknowledged,
         )
         for name, array in update.items():
             self.due[name] += array
-        if arrives:
-            self.acknowledged = server_round
-            for name, array in decode(payload, plan).items():
-                self.applied[name] += array
+        for name, array in decode(payload, plan).items():
+            (self.applied if arrives else self.lost)[name] += array
         return payload
-
-    def assert_nothing_is_missing(self, within):
-        for name in WEIGHTS:
-            scale = np.abs(self.due[name]).max()
-            np.testing.assert_allclose(
-                self.applied[name], self.due[name], atol=within * scale, err_msg=name
-            )
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("seed", range(4))
-def test_what_was_applied_and_what_is_remembered_is_all_that_was_due(tmp_path, seed, codec):
+def test_what_was_sent_and_what_is_remembered_is_all_that_was_due(tmp_path, seed, codec):
     rng = np.random.default_rng(seed)
     device = Device(tmp_path, codec)
     for server_round in range(1, 15):
@@ -67,23 +56,26 @@ def test_what_was_applied_and_what_is_remembered_is_all_that_was_due(tmp_path, s
     device.train(15, arrives=True)
     remembered = device.memory.read("feedback").tensors
     for name in WEIGHTS:
-        left = device.due[name] - device.applied[name]
+        left = device.due[name] - device.applied[name] - device.lost[name]
         scale = np.abs(device.due[name]).max()
-        np.testing.assert_allclose(remembered[f"left.{name}"], left, atol=1e-5 * scale)
+        np.testing.assert_allclose(remembered[name], left, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_lost_update_is_carried_on_by_the_next(tmp_path, codec):
+def test_a_device_that_is_never_heard_sends_no_more_each_time(tmp_path, codec):
+    """What it leaves out stays bounded, and a lost update is not sent again."""
     device = Device(tmp_path, codec)
-    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
-    device.train(1, arrives=False)
-    for server_round in range(2, 40):
-        device.train(server_round, arrives=server_round % 3 > 0, update=zeros)
-    device.assert_nothing_is_missing(within=0.01)
+    update = random_arrays(WIDEST, 3)
+    sizes = []
+    for server_round in range(1, 41):
+        sent = decode(device.train(server_round, arrives=False, update=update), WIDEST)
+        sizes.append(np.sqrt(sum(np.square(sent[name]).sum() for name in WEIGHTS)))
+    own = np.sqrt(sum(np.square(update[name]).sum() for name in WEIGHTS))
+    assert max(sizes[-10:]) < 3 * own
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_an_update_that_arrived_is_not_sent_again(tmp_path, codec):
+def test_the_next_update_carries_what_was_left_out(tmp_path, codec):
     device = Device(tmp_path, codec)
     update = random_arrays(WIDEST, 3)
     first = device.train(1, arrives=True, update=update)
@@ -91,28 +83,6 @@ def test_an_update_that_arrived_is_not_sent_again(tmp_path, codec):
     second = device.train(4, arrives=True, update=update)
     due = {name: update[name] + left.get(name, 0) for name in update}
     assert second == encode(due, WIDEST, codec, (1, 4))
-
-
-def test_a_lost_narrow_update_is_carried_on_by_a_wide_one_and_back(tmp_path):
-    device = Device(tmp_path, "topk:0.1+int4")
-    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
-    narrow = {name: zeros[name] for name in NARROW.by_name}
-    device.train(1, arrives=False, plan=NARROW)
-    device.train(2, arrives=False)
-    device.train(3, arrives=False, plan=NARROW, update=narrow)
-    for server_round in range(4, 40):
-        device.train(server_round, arrives=True, update=zeros)
-    device.assert_nothing_is_missing(within=0.01)
-
-
-def test_statistics_of_a_lost_update_are_not_carried_on(tmp_path):
-    device = Device(tmp_path, "int4+feedback")
-    device.train(1, arrives=False)
-    update = random_arrays(WIDEST, 2)
-    decoded = decode(device.train(2, arrives=True, update=update), WIDEST)
-    for spec in WIDEST.specs:
-        if spec.is_statistic:
-            np.testing.assert_allclose(decoded[spec.name], update[spec.name], rtol=2**-11)
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "int8", "int4"])
@@ -130,9 +100,7 @@ def test_a_run_whose_plan_changed_starts_anew(tmp_path):
     device.train(1, arrives=False)
     other = toy_plan(width=7)
     update = random_arrays(other, 2)
-    payload = encode_update(
-        update, other, other, device.codec, (1, 2), device.memory, 2, acknowledged=0
-    )
+    payload = encode_update(update, other, other, device.codec, (1, 2), device.memory)
     assert payload == encode(update, other, device.codec, (1, 2))
     assert device.memory.read("feedback").facts["plan"] == other.digest
 
@@ -154,34 +122,6 @@ def test_a_damaged_memory_starts_anew(tmp_path):
     update = random_arrays(WIDEST, 2)
     payload = device.train(2, arrives=True, update=update)
     assert payload == encode(update, WIDEST, device.codec, (1, 2))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{"codec": "zip"}, {"codec": "int8"}, {"sent": np.zeros(7, np.uint8)}],
-    ids=["unknown codec", "another codec", "cut"],
-)
-def test_of_an_update_that_can_no_longer_be_read_the_rest_is_kept(tmp_path, changed):
-    codec = "topk:0.1+int4"
-    device = Device(tmp_path, codec)
-    device.train(1, arrives=False)
-    remembered = device.memory.read("feedback")
-    tensors = remembered.tensors | {k: v for k, v in changed.items() if k == "sent"}
-    facts = remembered.facts | {k: v for k, v in changed.items() if k == "codec"}
-    device.memory.write("feedback", tensors, facts)
-    update = random_arrays(WIDEST, 2)
-    payload = device.train(2, arrives=True, update=update)
-    due = {n: a + tensors[f"left.{n}"] if n in WEIGHTS else a for n, a in update.items()}
-    assert payload == encode(due, WIDEST, codec, (1, 2))
-
-
-def test_the_codec_may_change_within_a_run(tmp_path):
-    device = Device(tmp_path, "topk:0.1+int4")
-    zeros = {name: np.zeros_like(array) for name, array in random_arrays(WIDEST, 0).items()}
-    device.train(1, arrives=False)
-    device.codec = "float32+feedback"
-    device.train(2, arrives=True, update=zeros)
-    device.assert_nothing_is_missing(within=1e-6)
 
 
 def test_an_update_that_is_not_finite_is_refused_and_changes_no_memory(tmp_path):

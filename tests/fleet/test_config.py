@@ -147,6 +147,10 @@ def test_a_value_out_of_range_is_refused(key, value, text):
             {"objective": "feddyn", "strategy": "feddyn", "rule": "median"},
             "strategy is feddyn and rule is median; its clients and server add up the same",
         ),
+        (
+            {"objective": "feddyn", "strategy": "feddyn", "rule": "mean", "quorum": 2},
+            "strategy is feddyn and quorum is 2; its clients count updates that a quorum leaves",
+        ),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(settings, text):

@@ -63,6 +63,9 @@ def test_a_run_directory_that_holds_a_run_is_refused_and_kept(tmp_path):
         ({"strategy": "fedsgd"}, "unknown strategy fedsgd; known: fedavg, fedavgm, fedadam"),
         ({"clients": 1}, "min-clients is 2, and the fleet has 1 clients; lower it, or raise"),
         ({"sampled": 5}, "sampled is 5, and the fleet has 2 clients; lower it"),
+        ({"goal": 5}, "goal is 5, and the fleet has 2 clients; lower it"),
+        ({"min-updates": 5}, "min-updates is 5, and the fleet has 2 clients; lower it"),
+        ({"quorum": 5}, "quorum is 5, and the fleet has 2 clients; lower it"),
         (
             {"evaluation": "clients", "validation-fraction": 0.0},
             "evaluation is left to the clients, and validation-fraction is 0; raise it",

@@ -37,7 +37,7 @@ def test_rounds_are_those_of_the_paper_with_whole_and_with_partial_cohorts(seed,
     hessians, minima = problem(seed)
     alpha = 0.5
     cohorts = cohorts_of(np.random.default_rng(seed), size, 20)
-    optimizer = server_opt.feddyn(size / CLIENTS)
+    optimizer = server_opt.feddyn(CLIENTS)
     params = {"x": np.zeros(SIZE, np.float32)}
     state = optimizer.init(params)
     own = [{} for _ in range(CLIENTS)]
@@ -51,12 +51,17 @@ def test_rounds_are_those_of_the_paper_with_whole_and_with_partial_cohorts(seed,
             end = np.linalg.solve(left, hessians[k] @ minima[k] + alpha * target)
             deltas.append((end - params["x"]).astype(np.float32))
             own[k] = next_gradients(own[k], alpha, {"x": deltas[-1]})
-        params, state = optimizer.update({"x": np.mean(deltas, axis=0)}, state, params)
+        mean, trainers = {"x": np.mean(deltas, axis=0)}, {"x": len(deltas)}
+        params, state = optimizer.update(mean, state, params, trainers)
         assert_allclose(params["x"], theirs, rtol=1e-3, atol=1e-3)
 
 
-def distance_after(objective, optimizer, hessians, minima, cohorts, strength=0.5):
-    """From the optimum of the mean loss, when clients take 10 steps of SGD each."""
+def distance_after(objective, optimizer, hessians, minima, cohorts, strength=0.5, lost=0.0):
+    """From the optimum of the mean loss, when clients take 10 steps of SGD each.
+
+    A share of the updates is lost on its way, and moves nothing.
+    """
+    lots = np.random.default_rng(1)
     params = {"x": np.zeros(SIZE, np.float32)}
     state = optimizer.init(params)
     own = [{} for _ in range(CLIENTS)]
@@ -78,9 +83,14 @@ def distance_after(objective, optimizer, hessians, minima, cohorts, strength=0.5
             for _ in range(10):
                 x.grad = a @ (x.detach() - c)
                 sgd.step()
+            if lots.random() < lost:
+                continue
             deltas.append(x.detach().numpy() - params["x"])
             own[k] = next_gradients(own[k], strength, {"x": deltas[-1]})
-        params, state = optimizer.update({"x": np.mean(deltas, axis=0)}, state, params)
+        if not deltas:
+            continue
+        mean, trainers = {"x": np.mean(deltas, axis=0)}, {"x": len(deltas)}
+        params, state = optimizer.update(mean, state, params, trainers)
     return np.linalg.norm(params["x"] - optimum(hessians, minima))
 
 
@@ -94,7 +104,7 @@ def test_it_finds_the_optimum_where_fedavg_and_fedprox_do_not(seed, size):
         for objective, optimizer in (
             ("plain", server_opt.sgd()),
             ("fedprox", server_opt.sgd()),
-            ("feddyn", server_opt.feddyn(size / CLIENTS)),
+            ("feddyn", server_opt.feddyn(CLIENTS)),
         )
     }
     assert ends["feddyn"] < 2e-3
@@ -106,5 +116,13 @@ def test_half_of_it_leads_elsewhere():
     hessians, minima = problem(0)
     cohorts = cohorts_of(np.random.default_rng(0), CLIENTS, 60)
     lone_client = distance_after("feddyn", server_opt.sgd(), hessians, minima, cohorts)
-    lone_server = distance_after("plain", server_opt.feddyn(), hessians, minima, cohorts)
+    lone_server = distance_after("plain", server_opt.feddyn(CLIENTS), hessians, minima, cohorts)
     assert min(lone_client, lone_server) > 0.05
+
+
+@pytest.mark.parametrize("lost", [0.1, 0.3, 0.5])
+def test_lost_updates_slow_it_and_do_not_lead_it_astray(lost):
+    hessians, minima = problem(0)
+    cohorts = cohorts_of(np.random.default_rng(0), CLIENTS, 300)
+    optimizer = server_opt.feddyn(CLIENTS)
+    assert distance_after("feddyn", optimizer, hessians, minima, cohorts, lost=lost) < 2e-3

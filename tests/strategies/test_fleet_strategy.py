@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fleet.codec import UnknownVersion, decode, encode, follow, version_of
 from fleet.config import default_settings, read_config
-from fleet.errors import PlanError, UpdateError
+from fleet.errors import ConfigError, PlanError, UpdateError
 from fleet.evaluation import Evaluation
 from fleet.message import (
     Enrolment,
@@ -21,8 +21,8 @@ from fleet.message import (
     write_update,
 )
 from fleet.state import TrainableState
-from strategies.aggregation import MEAN, Aggregate, Rule
-from strategies.algorithm import compose
+from strategies.aggregation import MEAN, Aggregate, Rule, rule
+from strategies.algorithm import Algorithm, compose
 from strategies.fleet_strategy import FleetStrategy
 from strategies.sampling import Roster
 from strategies.server_opt import adam, sgd
@@ -610,3 +610,53 @@ def test_text_that_is_no_text_is_refused(run, updates):
     strategy, _, _ = run(answers(updates()) | {"pi-0": answer})
     assert "reply cannot be read (" in strategy.reports[1].refused["pi-0"]
     assert len(strategy.reports[1].clients) == len(BLOCKS) - 1
+
+
+def test_an_algorithm_that_cannot_step_abandons_the_round_with_its_reason(run, updates, initial):
+    def fail(updates, state):
+        raise UpdateError("these updates come to nothing")
+
+    strategy, _, _ = run(answers(updates()), rounds=2, rule=Rule(dict, fail))
+    for report in strategy.reports[1:]:
+        assert not report.stepped
+        assert set(report.refused.values()) == {"round abandoned: these updates come to nothing"}
+    for name, array in initial.tensors.items():
+        assert strategy.state.tensors[name].tobytes() == array.tobytes()
+
+
+def test_a_fault_of_a_users_own_rule_is_told_as_such(run, updates):
+    with pytest.raises(
+        ConfigError,
+        match=r"the strategy failed in round 1 on 4 updates \(ZeroDivisionError: .*mend",
+    ):
+        run(answers(updates()), rule=Rule(dict, lambda updates, state: 1 / 0))
+
+
+def test_a_step_that_returns_no_step_is_told(run, updates, monkeypatch):
+    nothing = Algorithm(lambda state: None, lambda updates, state, memory: None)
+    monkeypatch.setattr(f"{__name__}.compose", lambda rule, optimizer: nothing)
+    with pytest.raises(ConfigError, match="the strategy's step returned NoneType, not a strat"):
+        run(answers(updates()))
+
+
+def test_with_equal_plans_another_device_is_refused_and_the_others_go_on(run, updates, monkeypatch):
+    real = compose(MEAN, sgd())
+    equal = Algorithm(real.init, real.step, equal_plans=True)
+    monkeypatch.setattr(f"{__name__}.compose", lambda rule, optimizer: equal)
+    strategy, _, _ = run(answers(updates()))
+    report = strategy.reports[1]
+    assert [client.name for client in report.clients] == ["pi-2"]
+    assert "update is of 3 blocks, the run's strategy needs the same 5 of" in report.refused["pi-1"]
+
+
+def test_a_round_in_which_no_tensor_met_the_quorum_has_not_stepped(run, updates):
+    strategy, _, _ = run(answers(updates()), rule=rule("mean", quorum=9))
+    assert strategy.reports[1].clients and not strategy.reports[1].stepped
+
+
+def test_bytes_of_late_replies_count(run, updates):
+    strategy, _, received = run(answers(updates()), rounds=3, goal=2)
+    late = strategy.reports[2]
+    assert late.late_replies == 2
+    # Four replies to round 1 and two of round 2 have come by then; the others come later.
+    assert strategy.reports[1].bytes_up + late.bytes_up == sum(map(content_bytes, received[:6]))

@@ -249,17 +249,16 @@ def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("sampled", "share"), [(0, 1.0), (2, 2 / 3), (9, 1.0)])
-def test_feddyn_is_told_what_share_of_the_fleet_trains(launch, monkeypatch, sampled, share):
+def test_feddyn_is_told_how_many_clients_the_fleet_has(launch, monkeypatch):
     seen = []
 
     def spy(name, **settings):
-        seen.append((name, settings["participation"]))
+        seen.append((name, settings["clients"]))
         return server_optimizer(name, **settings)
 
     monkeypatch.setattr("strategies.algorithm.server_optimizer", spy)
-    launch(objective="feddyn", strategy="feddyn", rule="mean", sampled=sampled, rounds=1)
-    assert seen[-1] == ("feddyn", pytest.approx(share))
+    launch(objective="feddyn", strategy="feddyn", rule="mean", sampled=2, rounds=1)
+    assert seen[-1] == ("feddyn", 3)
 
 
 def test_every_run_has_an_id_of_its_own(launch, monkeypatch):

@@ -45,7 +45,7 @@ PAIRS = {
     ),
 }
 ADAPTIVE = {"learning_rate": "eta", "beta_1": "beta_1", "beta_2": "beta_2", "tau": "tau"}
-OPTIMIZERS = {name: pair[0] for name, pair in PAIRS.items()} | {"feddyn": feddyn(0.5)}
+OPTIMIZERS = {name: pair[0] for name, pair in PAIRS.items()} | {"feddyn": feddyn(2)}
 
 every_pair = pytest.mark.parametrize(("ours", "flowers"), PAIRS.values(), ids=PAIRS)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -223,11 +223,11 @@ def test_the_names_build_their_optimisers(toy_plan):
         "fedadam": adam(),
         "fedyogi": yogi(),
         "fedadagrad": adagrad(),
-        "feddyn": feddyn(0.25),
+        "feddyn": feddyn(4),
     }
     assert expected.keys() == SERVER_OPTIMIZERS.keys()
     for name, direct in expected.items():
-        named = server_optimizer(name, momentum=0.9, participation=0.25)
+        named = server_optimizer(name, momentum=0.9, clients=4)
         assert_same_steps(named, direct, delta, params)
 
 
@@ -279,10 +279,8 @@ def test_other_settings_out_of_range_are_refused():
         yogi(beta_2=1.0)
     with pytest.raises(ConfigError, match="server tau must be above 0 and finite, got 0"):
         adagrad(tau=0.0)
-    for participation in (0.0, 1.1, float("nan")):
-        text = f"participation must be above 0 and at most 1, got {participation}"
-        with pytest.raises(ConfigError, match=text):
-            feddyn(participation)
+    with pytest.raises(ConfigError, match="feddyn needs the number of the fleet's clients, got 0"):
+        feddyn(0)
 
 
 @every_optimizer

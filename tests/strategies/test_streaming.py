@@ -2,8 +2,11 @@ import pytest
 from flwr.app import Message, RecordDict
 from google.protobuf.message import DecodeError
 
+from fleet.message import content_bytes
 from strategies import streaming
 from strategies.streaming import StreamingGrid, close
+
+EMPTY = content_bytes(RecordDict())  # of a reply that holds nothing
 
 
 class Clock:
@@ -92,7 +95,7 @@ def test_who_did_not_answer_in_time_is_late(scripted_grid, clock):
     list(streaming_grid.send_and_receive(map(question, (1, 2)), timeout=1.0))
     assert streaming_grid.take_late() == []
     clock.now = 1010.0
-    assert streaming_grid.take_late() == [grid.sent[1].metadata.message_id]
+    assert streaming_grid.take_late() == [(grid.sent[1].metadata.message_id, EMPTY)]
     assert streaming_grid.take_late() == []
 
 
@@ -113,7 +116,7 @@ def test_late_replies_are_not_mixed_into_the_next_round(scripted_grid, clock):
     again = list(streaming_grid.send_and_receive([question(1), question(2)], timeout=60))
     asked = {m.metadata.message_id for m in grid.sent[2:]}
     assert {reply.metadata.reply_to_message_id for reply in again} == asked
-    assert streaming_grid.take_late() == [grid.sent[1].metadata.message_id]
+    assert streaming_grid.take_late() == [(grid.sent[1].metadata.message_id, EMPTY)]
 
 
 @pytest.mark.parametrize("no_id", [None, ""])

@@ -1,5 +1,6 @@
 """The norm-clipped mean against its formula, over equal and unequal plans."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from fleet.errors import ConfigError
 from strategies.aggregation import weighted_mean
-from strategies.aggregation.mean import clipped_mean
+from strategies.aggregation.mean import clipped_mean, mean
 from tests import reference
 
 SEEDS = range(10)
@@ -23,12 +24,14 @@ def lower_median(values):
 
 
 def clipped(updates, names, bounds):
-    """Σ n·x·min(1, bound/‖x‖) / Σ n over the named tensors end to end."""
-    total = sum(u.num_examples for u in updates)
+    """Σ w·x·min(1, bound/‖x‖) / Σ w over the named tensors end to end, w = min(n, 3·median n)."""
+    most = 3 * lower_median([u.num_examples for u in updates])
+    counts = [min(u.num_examples, most) for u in updates]
+    total = sum(counts)
     vectors = [reference.vector(u, names) for u in updates]
     weights = [
-        u.num_examples * min(1.0, bound / length)
-        for u, (length, bound) in zip(updates, bounds, strict=True)
+        count * min(1.0, bound / length)
+        for count, (length, bound) in zip(counts, bounds, strict=True)
     ]
     return [
         math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total
@@ -77,10 +80,30 @@ def test_a_given_bound_is_on_the_whole_delta(unequal, bound):
 
 
 def test_a_bound_above_all_norms_is_the_weighted_mean(unequal):
-    updates = unequal(np.random.default_rng(0))
-    ours, mean = once(clipped_mean(1e6), updates).delta, weighted_mean(updates).delta
-    for name, array in mean.items():
+    updates = [
+        dataclasses.replace(u, num_examples=100 + 10 * i)
+        for i, u in enumerate(unequal(np.random.default_rng(0)))
+    ]
+    ours, plain = once(clipped_mean(1e6), updates).delta, weighted_mean(updates).delta
+    for name, array in plain.items():
         assert_allclose(ours[name], array, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_a_client_that_claims_ten_million_images_weighs_three_typical_ones(
+    toy_plan, random_update, bound
+):
+    """Nine that agree, and one that sends ten times the opposite and says it has them all."""
+    honest = random_update("pi-0", toy_plan, np.random.default_rng(0), num_examples=250)
+    updates = [dataclasses.replace(honest, client=f"pi-{i}") for i in range(9)]
+    flipped = {name: -10 * array for name, array in honest.delta.items()}
+    liar = dataclasses.replace(honest, client="pi-9", delta=flipped, num_examples=10_000_000)
+    direction = reference.vector(honest, sorted(honest.delta))
+    for rule, sign in ((clipped_mean(bound), 1), (mean(), -1)):
+        delta = once(rule, [*updates, liar]).delta
+        ours = np.concatenate([delta[name].ravel() for name in sorted(honest.delta)])
+        cosine = ours @ direction / np.linalg.norm(ours) / np.linalg.norm(direction)
+        assert cosine == pytest.approx(sign, abs=1e-6)
 
 
 def test_being_huge_where_few_train_buys_no_room_where_all_do(unequal, poisoned):
