@@ -15,6 +15,7 @@ from simulations.benchmark_federated import read_cells
 MIB = 2**20
 LAST = 3  # rounds whose mean is a run's final accuracy
 REFERENCE = "full, float32"
+FLOAT32 = "mobiletl k=3, float32"
 BELOW = 0.01  # the target lies so far below the reference's final accuracy
 
 Cells = Sequence[dict]
@@ -27,7 +28,7 @@ def main(path: Path) -> None:
     cells = read_cells(path)
     for title, table in (
         ("Bytes to the full model's accuracy", bytes_table(cells)),
-        ("Unequal plans", accuracy_table(cells, "plans", "mobiletl k=3, float32")),
+        ("Unequal plans", accuracy_table(cells, "plans", FLOAT32)),
         ("Hostile clients", accuracy_table(cells, "attacks", None)),
         ("Lost replies", accuracy_table(cells, "drops", "none lost")),
     ):
@@ -39,9 +40,11 @@ def bytes_table(cells: Cells) -> str:
     """Rounds and bytes, up plus down, until a run reaches its seed's target.
 
     The target of a seed is the final accuracy that the full model reaches in
-    float32, less one point; the last column is how many times fewer bytes it
-    takes than the full model itself takes to get there.
+    float32, less one point. A run is there once the mean of its last rounds is, so
+    that one lucky round does not count. Times fewer bytes are against what the full
+    model itself takes to get there, over the seeds that reach it.
     """
+    finals = {(c["name"], c["seed"]): final(c) for c in cells if c["group"] == "bytes"}
     reference = {cell["seed"]: cell for cell in _of(cells, "bytes", REFERENCE)}
     rows = []
     for name, runs in _by_name(cells, "bytes"):
@@ -57,6 +60,7 @@ def bytes_table(cells: Cells) -> str:
             (
                 name,
                 _spread([100 * final(cell) for cell in runs]),
+                _differences(runs, finals, FLOAT32),
                 len(runs),
                 f"{mean(_each_round(runs, 'bytes_up')) / MIB:.3f}",
                 f"{mean(_each_round(runs, 'bytes_down')) / MIB:.3f}",
@@ -71,6 +75,7 @@ def bytes_table(cells: Cells) -> str:
         [
             "method and codec",
             "accuracy %",
+            "against float32",
             "seeds",
             "up MiB a round",
             "down MiB a round",
@@ -93,27 +98,35 @@ def accuracy_table(cells: Cells, group: str, against: str | None) -> str:
     finals = {(c["name"], c["seed"]): final(c) for c in cells if c["group"] in (group, "bytes")}
     rows = []
     for name, runs in _by_name(cells, group):
-        base = against or f"{name.partition(' / ')[0]} / no attack"
-        differences = [
-            100 * (final(cell) - finals[base, cell["seed"]])
-            for cell in runs
-            if (base, cell["seed"]) in finals
-        ]
+        who = name.partition(" / ")[0]
+        plain = f"mean, {who.rpartition(', ')[2]} / no attack"
         rows.append(
             (
                 name,
                 _spread([100 * final(cell) for cell in runs]),
                 len(runs),
-                f"{mean(differences):+.1f}" if differences and base != name else "–",
+                _differences(runs, finals, against or f"{who} / no attack"),
+                *([] if against else [_differences(runs, finals, plain)]),
                 f"{mean(sum(cell['stepped'][1:]) for cell in runs):g} "
                 f"of {len(runs[0]['accuracy']) - 1}",
                 f"{mean(sum(cell['refused']) for cell in runs):g}",
             )
         )
-    what = against or "no attack"
-    return markdown(
-        ["run", "accuracy %", "seeds", f"against {what}", "rounds that stepped", "refused"], rows
+    columns = (
+        [f"against {against}"] if against else ["against no attack", "against mean unattacked"]
     )
+    head = ["run", "accuracy %", "seeds", *columns, "rounds that stepped", "refused"]
+    return markdown(head, rows)
+
+
+def _differences(runs: Cells, finals: dict[tuple[str, int], float], base: str) -> str:
+    """Mean difference, seed by seed, from another row in points."""
+    found = [
+        100 * (final(cell) - finals[base, cell["seed"]])
+        for cell in runs
+        if (base, cell["seed"]) in finals and cell["name"] != base
+    ]
+    return f"{mean(found):+.1f}" if found else "–"
 
 
 def final(cell: dict) -> float:
@@ -130,8 +143,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
 def _until(cell: dict, reference: dict) -> tuple[int, int] | None:
     """Round in which a run reaches the target, and bytes until then; None: it does not."""
     target = final(reference) - BELOW
+    accuracies = cell["accuracy"]
+    smooth = [mean(accuracies[max(0, r + 1 - LAST) : r + 1]) for r in range(len(accuracies))]
     sent = accumulate(map(sum, zip(cell["bytes_up"], cell["bytes_down"], strict=True)))
-    for number, (accuracy, total) in enumerate(zip(cell["accuracy"], sent, strict=True)):
+    for number, (accuracy, total) in enumerate(zip(smooth, sent, strict=True)):
         if accuracy >= target:
             return number, max(total, 1)
     return None
