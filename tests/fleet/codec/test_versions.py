@@ -124,13 +124,13 @@ def test_kept_steps_never_exceed_the_state(codec):
     versions = Versions(random_state(PLAN, 0), codec)
     dropped = 0
     for round_ in range(60):
-        oldest = versions.initial
+        oldest = versions._versions[0]
         versions.advance(state_like(versions.state, round_), [round_])
-        download = versions.download(versions.initial)
+        download = versions.download(versions._versions[0])
         assert not download.is_full_state
         assert download.nbytes <= PLAN.nbytes
         assert len(download.versions) == len(download.payloads) + 1
-        if versions.initial != oldest:
+        if versions._versions[0] != oldest:
             dropped += 1
             assert versions.download(oldest).is_full_state
     assert dropped > 5
@@ -168,7 +168,7 @@ def test_a_state_that_did_not_change_makes_no_version():
     before = versions.newest
     versions.advance(TrainableState(PLAN, versions.state.tensors), [2])
     assert versions.newest == before
-    assert len(versions.download(versions.initial).payloads) == 1
+    assert len(versions.download(versions._versions[0]).payloads) == 1
 
 
 @pytest.mark.parametrize("codec", ["int4+feedback", "topk:0.05+int4"])
@@ -253,7 +253,7 @@ def test_a_flipped_bit_of_a_step_or_a_state_is_noticed(bit):
 
 def test_a_client_that_holds_none_of_the_versions_says_so():
     versions = advanced("int4", 2)
-    download = versions.download(versions.initial)
+    download = versions.download(versions._versions[0])
     text = (
         f"this device holds no version from which the server's 2 steps lead to {versions.newest}; "
         f"it will be sent the whole state"
