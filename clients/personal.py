@@ -116,7 +116,9 @@ def _gradients(
     if found is None:
         return {}
     before, sent = (
-        _fitting({n.removeprefix(p): a for n, a in found.tensors.items() if n.startswith(p)}, plan)
+        _fitting(
+            {n.removeprefix(p): a for n, a in found.tensors.items() if n.startswith(p)}, plan.specs
+        )
         for p in (_BEFORE, _SENT)
     )
     if found.facts["round"] != str(acknowledged):
@@ -124,8 +126,8 @@ def _gradients(
     return next_gradients(before, strength, sent)
 
 
-def _fitting(tensors: Arrays, plan: UpdatePlan) -> dict[str, np.ndarray]:
-    shapes = {spec.name: spec.shape for spec in plan.specs}
+def _fitting(tensors: Arrays, specs: Iterable[TensorSpec]) -> dict[str, np.ndarray]:
+    shapes = {spec.name: spec.shape for spec in specs}
     return {n: a for n, a in tensors.items() if shapes.get(n) == a.shape}
 
 
@@ -134,10 +136,7 @@ def _remembered(
 ) -> dict[str, np.ndarray]:
     """Of a part, the tensors that are there and of the shape that the plan says."""
     found = memory.read(part)
-    if found is None:
-        return {}
-    shapes = {spec.name: spec.shape for spec in specs}
-    return {n: a for n, a in found.tensors.items() if shapes.get(n) == a.shape}
+    return {} if found is None else _fitting(found.tensors, specs)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
