@@ -8,7 +8,7 @@ of many (`strategies.aggregation`) and an optimiser that steps the model by it
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,13 @@ class Step:
         state: the model's tensors after the round.
         memory: what the algorithm wants back in the next round.
         coverage: tensor → how many clients trained it.
+        left_out: client → why its update counted for nothing.
     """
 
     state: TrainableState
     memory: Any
     coverage: Mapping[str, int]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
         statistics = {n: np.asarray(a, np.float32) for n, a in aggregate.statistics.items()}
         tensors = {**state.tensors, **parameters, **statistics}
         stepped = TrainableState(state.plan, tensors)
-        return Step(stepped, (of_rule, of_optimizer), dict(aggregate.coverage))
+        memory = of_rule, of_optimizer
+        return Step(stepped, memory, dict(aggregate.coverage), dict(aggregate.left_out))
 
     return Algorithm(init, step)
 

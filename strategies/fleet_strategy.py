@@ -268,7 +268,8 @@ class FleetStrategy(Strategy):
         ledger.stepped = any(
             (step.state.tensors[name] != array).any() for name, array in before.tensors.items()
         )
-        self._outbox.acknowledge([update.client for update in updates], server_round)
+        ledger.leave_out(step.left_out)
+        self._outbox.acknowledge([update.client for update in ledger.updates], server_round)
         self._outbox.versions.advance(self.state, [self._seed, server_round])
 
     def _checked_step(self, updates: Sequence[ClientUpdate], server_round: int) -> Step:

@@ -91,6 +91,12 @@ class Ledger:
             both = f"{before}; {reason}" if before else reason
             self.refused[client] = both[-_MAX_REASON:]
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Book why the algorithm made nothing of updates that were admitted."""
+        self.updates = [update for update in self.updates if update.client not in reasons]
+        for client, reason in reasons.items():
+            self.refuse(client, reason)
+
     def report(self, server_round: int) -> RoundReport:
         """The round as it goes on record."""
         updates = sorted(self.updates, key=lambda update: update.client)

@@ -161,6 +161,17 @@ def test_a_rule_remembers_from_round_to_round(run, updates, initial):
     assert_allclose(moved, 1 + 2 + 3, rtol=1e-5)
 
 
+def test_whom_the_rule_leaves_out_is_refused_with_its_reason(run, updates):
+    def aggregate(updates, state):
+        return dataclasses.replace(MEAN.aggregate(updates, {})[0], left_out={"pi-2": "odd"}), state
+
+    strategy, _, _ = run(answers(updates()), rounds=2, rule=Rule(dict, aggregate))
+    for report in strategy.reports[1:]:
+        assert report.refused == {"pi-2": "odd"}
+        assert [client.name for client in report.clients] == ["pi-0", "pi-1", "pi-3"]
+        assert report.stepped
+
+
 def test_what_nobody_trained_stays_bit_for_bit(run, updates, initial, toy_plan):
     strategy, _, _ = run(answers(updates(blocks={"pi-0": 1, "pi-1": 2})), optimizer=adam())
     for spec in toy_plan.specs:
