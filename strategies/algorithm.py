@@ -6,7 +6,6 @@ of many (`strategies.aggregation`) and an optimiser that steps the model by it
 (`strategies.server_opt`).
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from fleet.config import FederationConfig, default_settings
 from fleet.errors import ConfigError, FleetError
 from fleet.state import ClientUpdate, TrainableState
 from strategies.aggregation import Rule, rule
+from strategies.named import import_named
 from strategies.server_opt import ServerOptimizer, server_optimizer
 
 
@@ -136,22 +136,6 @@ def own_algorithm(where: str) -> Algorithm:
             f"nor a flwr.serverapp.strategy.Strategy, nor a function that makes one"
         )
     return found
-
-
-def import_named(where: str) -> Any:
-    """What `package.module:name` means.
-
-    Raises:
-        ConfigError: if there is no such module, or no such name in it.
-    """
-    module, _, name = where.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module does as it is imported
-        raise ConfigError(
-            f"cannot import {where} ({type(error).__name__}: {error}); write package.module:name, "
-            f"with the package where Python finds it (PYTHONPATH)"
-        ) from error
 
 
 def _made(where: str, maker: Callable[[], Any]) -> Any:
