@@ -152,11 +152,12 @@ class FleetStrategy(Strategy):
         if self._evaluate is not None:
             return None
         gate = Gate(self.plan, self._config.codec_up, self._tokens.spend)
-        results = []
+        evaluations = self._ledger.evaluations
         for name, content, nbytes in self._answers(replies, "evaluation: "):
             with self._refusing(name, "evaluation: "):
-                results.append(gate.admit_evaluation(content, name, nbytes))
+                evaluations[name] = gate.admit_evaluation(content, name, nbytes)
         close(replies)
+        results = evaluations.values()
         total = sum(result.num_examples for result in results)
         if total:
             self._ledger.evaluation = Evaluation(

@@ -395,6 +395,13 @@ def test_clients_evaluation_is_their_mean_by_examples(run, updates):
     assert before.accuracy is before.loss is None
     assert after.loss == pytest.approx((4 + 6 + 6 + 0) / 20)
     assert after.accuracy == pytest.approx((0 + 3 + 3 + 10) / 20)
+    assert before.accuracy_by_client == {}
+    assert after.accuracy_by_client == {
+        "pi-0": (1, 0.0),
+        "pi-1": (3, 1.0),
+        "pi-2": (6, 0.5),
+        "pi-3": (10, 1.0),
+    }
     assert after.bytes_down == sum(content_bytes(message.content) for message in sent)
     assert after.bytes_up == sum(map(content_bytes, received))
 
@@ -418,6 +425,7 @@ def test_a_hostile_evaluation_is_refused_by_name(run, updates, hostile):
     assert report.refused.keys() == {"pi-1"}
     assert report.refused["pi-1"].startswith("evaluation: ")
     assert (report.loss, report.accuracy) == (1.0, 0.5)
+    assert report.accuracy_by_client.keys() == BLOCKS.keys() - {"pi-1"}
 
 
 def test_no_evaluation_at_all_leaves_the_round_without_one(run, updates):
