@@ -107,7 +107,7 @@ def load_backbone(
     """
     if num_classes < 2:
         raise ConfigError(f"a classifier needs at least 2 classes, got {num_classes}")
-    library, model_name = _resolve(name)
+    library, model_name = resolve(name)
     tensors, keep_head = None, True
     if weights not in ("default", "imagenet", "none"):
         tensors = read_weights(Path(weights))
@@ -202,8 +202,12 @@ def digest_of(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _resolve(name: str) -> tuple[str, str]:
-    """Library and the name that it knows the model by."""
+def resolve(name: str) -> tuple[str, str]:
+    """Library, `timm` or `torchvision`, and the name that it knows the model by.
+
+    Raises:
+        ConfigError: if neither knows it.
+    """
     import timm
     import torchvision
 

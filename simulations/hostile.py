@@ -19,7 +19,8 @@ from fleet.message import Task, read_task, read_update, write_update
 from fleet.plan import UpdatePlan, agreed_plan
 from fleet.state import Arrays
 from simulations.attacks import Attack, forge
-from simulations.local_engine import ClientFunction, Exchange, Interference
+from simulations.local_clients import ClientFunction
+from simulations.local_engine import Exchange, Interference
 
 
 def forging(attack: Attack, hostile: frozenset[int], config: RunConfig) -> Interference:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from clients.client import SIMULATED_STATE
 from clients.local_data import local_data
+from fleet.backbones import resolve
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
+from simulations.workers import read_workers
 
 ENGINES = ("local", "flower")
 
@@ -27,14 +29,15 @@ def simulate(
     attack: str = "",
     hostile: float = 0.0,
     drop: float = 0.0,
+    workers: int | str = 1,
 ) -> RunRecord:
     """Run a fleet on this machine.
 
     Args:
         settings: what differs from the defaults, by the names of the run
             configuration: `{"rounds": 5, "blocks": "1,3,5"}`.
-        engine: `local` runs client after client in this process; `flower` is
-            Flower's simulation runtime (Ray).
+        engine: `local` runs client after client in this process, or in workers;
+            `flower` is Flower's simulation runtime (Ray).
         on_round: given each round's report once it is on the disk.
         on_reply: told, while a round goes on, how many of its clients have
             answered (`local` only).
@@ -42,6 +45,8 @@ def simulate(
             gaussian:0.1, nan or label_flip.
         hostile: share of the clients that do it, drawn by the run's seed.
         drop: probability that a reply to a train message is lost (`local` only).
+        workers: processes that clients run in (`local` only); 1: this one; `auto`:
+            one for each core. The run's result is the same for any number.
 
     Returns:
         The folder of the run, with its records, model and report.
@@ -52,6 +57,12 @@ def simulate(
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
+    processes = read_workers(workers)
+    if processes > 1 and engine != "local":
+        raise ConfigError(
+            f"workers is {workers}, and engine {engine} has processes of its own; "
+            f"leave workers out, or use engine local"
+        )
     adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
     _check_fleet(config)
@@ -61,6 +72,8 @@ def simulate(
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
+    if processes > 1:  # workers are forks: what is imported by now, they need not import each
+        resolve(config.model.backbone)
     watch = _RoundWatch(record, on_round)
     unwritten = adversity.as_table()
     if engine == "local":
@@ -72,7 +85,7 @@ def simulate(
             watch.poll()
             on_reply(answered, asked)
 
-        _run_local(final, config, adversity, follow)
+        _run_local(final, config, adversity, follow, processes)
     else:
         from simulations.flower_engine import run_flower
 
@@ -112,6 +125,7 @@ def _run_local(
     config: RunConfig,
     adversity: Adversity,
     on_reply: Callable[[int, int], None],
+    workers: int,
 ) -> None:
     # Here, not above: Flower's apps take seconds to import, and the other engine
     # never runs them in this process.
@@ -135,7 +149,7 @@ def _run_local(
     level = flower_log.level
     flower_log.setLevel(logging.CRITICAL)  # the records say what it says, and more
     try:
-        run_local(server_app, client_app, settings, clients, on_reply, interferences)
+        run_local(server_app, client_app, settings, clients, on_reply, interferences, workers)
     finally:
         flower_log.setLevel(level)
 

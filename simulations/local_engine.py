@@ -1,25 +1,28 @@
-"""A fleet in one process: the unchanged ServerApp and ClientApp, without Flower's runtime."""
+"""A fleet on one machine: the unchanged ServerApp and ClientApp, without Flower's runtime."""
 
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
+from pathlib import Path
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fleet.config import Value
-
-_SERVER_NODE_ID = 1
-_FIRST_CLIENT_NODE_ID = 2
-
-ClientFunction = Callable[[Message, Context], Message]  # as a ClientApp is called
+from simulations.local_clients import (
+    FIRST_CLIENT_NODE_ID,
+    SERVER_NODE_ID,
+    ClientFunction,
+    LocalClients,
+    identify,
+    number_of,
+)
+from simulations.workers import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ Interference = Callable[[Sequence[Exchange]], Sequence[Exchange]]
 
 
 class LocalGrid(Grid):
-    """Hands every message to the ClientApp in this process, one after the other.
+    """Hands every message to the ClientApp, in this process or in workers of its own.
 
-    Clients answer in the order in which they were asked, so a run depends on
-    its seed and on nothing else. One runs whenever replies are looked for, so
-    that no two replies are there at once.
+    Replies come in the order in which clients were asked, whichever worker is
+    done first, so a run depends on its seed and on nothing else. A client in
+    this process runs whenever a reply is looked for, so that no two replies are
+    there at once; workers run ahead, a few replies far.
 
     Args:
         client_app: called for every message.
@@ -49,6 +53,7 @@ class LocalGrid(Grid):
         on_reply: called after each reply with how many of the cohort have
             answered, and its size.
         interferences: done in turn to the replies once the whole cohort has answered.
+        workers: processes that run clients; 1: none, clients run in this one.
     """
 
     answers_at_once = True  # a reply that `pull_messages` does not return will not come later
@@ -60,23 +65,22 @@ class LocalGrid(Grid):
         run_config: Mapping[str, Value],
         on_reply: Callable[[int, int], None] = lambda answered, asked: None,
         interferences: Sequence[Interference] = (),
+        workers: int = 1,
     ) -> None:
-        self._client_app = client_app
         self._on_reply = on_reply
         self._interferences = interferences
         self._message_ids = count(1)
-        self._waiting: dict[str, Message] = {}  # id → message whose client has not run
+        self._waiting: dict[str, Message] = {}  # id → message whose reply nobody has pulled
         self._asked = self._answered = 0
-        self._contexts = {
-            _FIRST_CLIENT_NODE_ID + i: Context(
-                run_id=1,
-                node_id=_FIRST_CLIENT_NODE_ID + i,
-                node_config={"partition-id": i, "num-partitions": num_clients},
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for i in range(num_clients)
-        }
+        self._states = tempfile.TemporaryDirectory(prefix="fleet-clients-")
+        self._clients = LocalClients(client_app, num_clients, run_config, Path(self._states.name))
+        self._pool = WorkerPool(self._clients, workers) if workers > 1 else None
+
+    def close(self) -> None:
+        """End the workers, and forget what clients kept as their state."""
+        if self._pool is not None:
+            self._pool.close()
+        self._states.cleanup()
 
     def set_run(self, run: Run) -> None:
         """There is one run, which needs no description."""
@@ -99,31 +103,33 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Every client, always."""
-        return list(self._contexts)
+        return range(FIRST_CLIENT_NODE_ID, FIRST_CLIENT_NODE_ID + self._clients.num_clients)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; their clients run as replies are pulled."""
+        """Queue messages; without workers their clients run as replies are pulled."""
         messages = list(messages)
         self._asked, self._answered = len(messages), 0
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
             self._waiting[message.metadata.message_id] = message
+            if self._pool is not None:
+                self._pool.ask(message)
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the client whose turn it is, and return its reply.
+        """The reply of the client whose turn it is, once it is there.
 
         All of them with interferences, which look at a whole cohort.
         """
         ids = set(message_ids)
-        turns = [i for i in self._waiting if i in ids]
+        turns = (i for i in self._waiting if i in ids)
+        turns = list(turns if self._interferences else islice(turns, 1))
         if not turns:
             return []
         exchanges = []
-        for turn in turns if self._interferences else turns[:1]:
+        for turn in turns:
             message = self._waiting.pop(turn)
-            client = message.metadata.dst_node_id - _FIRST_CLIENT_NODE_ID
-            exchanges.append(Exchange(client, message, self._answer(message)))
+            exchanges.append(Exchange(number_of(message), message, self._answer(message)))
             self._answered += 1
             self._on_reply(self._answered, self._asked)
         for interfere in self._interferences:
@@ -144,15 +150,7 @@ class LocalGrid(Grid):
         return replies
 
     def _answer(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
-        TaskIdentity.node_id = context.node_id
-        try:
-            return self._client_app(message, context)
-        except Exception:  # as in Flower's runtimes, a client's fault is its reply
-            reason = traceback.format_exc()
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        finally:
-            TaskIdentity.node_id = _SERVER_NODE_ID
+        return (self._pool or self._clients).answer(message)
 
 
 def run_local(
@@ -162,24 +160,33 @@ def run_local(
     num_clients: int,
     on_reply: Callable[[int, int], None] = lambda answered, asked: None,
     interferences: Sequence[Interference] = (),
+    workers: int = 1,
 ) -> None:
-    """Run a ServerApp against `num_clients` ClientApps in this process.
+    """Run a ServerApp against `num_clients` ClientApps on this machine.
+
+    Any apps of Flower's Message API will do. What they draw from generators that
+    they do not seed is not the same from run to run where there are workers.
+
+    Args:
+        workers: as in `LocalGrid`, as the other arguments.
 
     Raises:
         Whatever the ServerApp raises.
     """
-    # Flower sets these in every process of a run; messages cannot be made without.
-    TaskIdentity.run_id = TaskIdentity.task_id = 1
-    TaskIdentity.node_id = _SERVER_NODE_ID
+    identify(SERVER_NODE_ID)
     context = Context(
         run_id=1,
-        node_id=_SERVER_NODE_ID,
+        node_id=SERVER_NODE_ID,
         node_config={},
         state=RecordDict(),
         run_config=dict(run_config),
     )
-    grid = LocalGrid(client_app, num_clients, run_config, on_reply, interferences)
-    with _one_thread():
+    with (
+        _one_thread(),
+        closing(
+            LocalGrid(client_app, num_clients, run_config, on_reply, interferences, workers)
+        ) as grid,
+    ):
         server_app(grid, context)
 
 

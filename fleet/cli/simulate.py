@@ -38,6 +38,11 @@ def _setting_options(command: Callable) -> Callable:
 @_setting_options
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
 @click.option(
+    "--workers",
+    default="1",
+    help="Processes that clients run in (engine local); 1: this one; auto: one for each core.",
+)
+@click.option(
     "--attack",
     help="What hostile clients do: sign_flip:10, alie, ipm:0.5, gaussian:0.1, nan or label_flip.",
 )
@@ -47,6 +52,7 @@ def _setting_options(command: Callable) -> Callable:
 def command(
     recipe: Path | None,
     engine: str,
+    workers: str,
     attack: str | None,
     hostile: float | None,
     drop: float | None,
@@ -72,7 +78,7 @@ def command(
 
         adversity = vars(Adversity.of(adversity))
         with show_progress(config.federation.rounds) as (on_round, on_reply):
-            record = launch(settings, engine, on_round, on_reply, **adversity)
+            record = launch(settings, engine, on_round, on_reply, workers=workers, **adversity)
     if output_format == "json":
         click.echo(to_json(record.summary(), indent=2))
     else:

@@ -111,6 +111,45 @@ def test_both_engines_end_with_the_same_tensors(tmp_path):
             assert roles == theirs
 
 
+@pytest.mark.parametrize(
+    ("settings", "adversity"),
+    [
+        # Clients that remember what they hold and what they left out, and a lossy network.
+        ({"codec-up": "topk:0.1+int4", "codec-down": "int8"}, {"drop": 0.3}),
+        ({"objective": "feddyn", "strategy": "feddyn", "rule": "mean"}, {}),
+        ({"head-start": True, "goal": 3}, {"attack": "label_flip", "hostile": 0.5}),
+        ({"evaluation": "clients", "validation-fraction": 0.2}, {"attack": "alie", "hostile": 0.5}),
+    ],
+    ids=["codecs and drops", "feddyn", "head start, goal and flipped labels", "forged replies"],
+)
+def test_any_number_of_workers_ends_with_the_same_tensors(settings, adversity, tmp_path):
+    fleet = {"clients": 4, "rounds": 2, "train-examples": 120, "learning-rate": 0.005}
+    records = [
+        simulate(
+            SMALL | fleet | settings | {"run-dir": str(tmp_path / str(workers))},
+            workers=workers,
+            **adversity,
+        )
+        for workers in (1, 2, 3)
+    ]
+    one, *others = (load_file(record.model_path) for record in records)
+    assert any(array.any() for array in one.values())
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all((one[name] == other[name]).all() for name in one)
+    first, *rest = (list(record.rounds()) for record in records)
+    for rounds in rest:
+        for ours, theirs in zip(first, rounds, strict=True):
+            for fact in ("accuracy", "loss", "train_loss", "asked", "refused", "late", "coverage"):
+                assert getattr(ours, fact) == getattr(theirs, fact)
+
+
+def test_flowers_engine_has_no_workers_of_ours(tmp_path):
+    text = "workers is 2, and engine flower has processes of its own; leave workers out"
+    with pytest.raises(ConfigError, match=text):
+        simulate(SMALL | {"run-dir": str(tmp_path / "run")}, engine="flower", workers=2)
+
+
 def test_a_run_that_fails_on_flower_says_why(tmp_path):
     pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
     settings = SMALL | {"run-dir": str(tmp_path / "run"), "backbone": "mobilenet_v9"}
