@@ -1,9 +1,11 @@
 """Launch one simulated run and follow it through its records."""
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clients.client import SIMULATED_STATE
@@ -12,8 +14,10 @@ from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_confi
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
+from fleet.report import write_page
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
+from simulations.callbacks import Callback, Callbacks
 
 ENGINES = ("local", "flower")
 
@@ -27,6 +31,7 @@ def simulate(
     attack: str = "",
     hostile: float = 0.0,
     drop: float = 0.0,
+    callbacks: Sequence[Callback] = (),
 ) -> RunRecord:
     """Run a fleet on this machine.
 
@@ -42,6 +47,7 @@ def simulate(
             gaussian:0.1, nan or label_flip.
         hostile: share of the clients that do it, drawn by the run's seed.
         drop: probability that a reply to a train message is lost (`local` only).
+        callbacks: follow the run; one that fails does not end it.
 
     Returns:
         The folder of the run, with its records, model and report.
@@ -49,6 +55,8 @@ def simulate(
     Raises:
         FleetError: for what the user can mend, before anything is trained
             wherever it can be known by then.
+        KeyboardInterrupt: if the run is interrupted; rounds, model and report
+            of what is done are then in its folder.
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
@@ -61,28 +69,57 @@ def simulate(
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
-    watch = _RoundWatch(record, on_round)
+    followers = Callbacks(callbacks)
+
+    def end_round(report: RoundReport) -> None:
+        on_round(report)
+        followers.on_round_end(report)
+
+    watch = _RoundWatch(record, end_round)
     unwritten = adversity.as_table()
-    if engine == "local":
+    followers.on_run_start(record, final)
+    with _told_of_errors(record, watch, followers):
+        if engine == "local":
 
-        def follow(answered: int, asked: int) -> None:
-            if unwritten and record.config_path.is_file():
-                record.add_to_config({"simulation": unwritten})
-                unwritten.clear()
-            watch.poll()
-            on_reply(answered, asked)
+            def follow(answered: int, asked: int) -> None:
+                if unwritten and record.config_path.is_file():
+                    record.add_to_config({"simulation": unwritten})
+                    unwritten.clear()
+                watch.poll()
+                on_reply(answered, asked)
+                followers.on_reply(answered, asked)
 
-        _run_local(final, config, adversity, follow)
-    else:
-        from simulations.flower_engine import run_flower
+            _run_local(final, config, adversity, follow)
+        else:
+            from simulations.flower_engine import run_flower
 
-        run_flower(final, config.federation.clients, on_poll=watch.poll)
-    watch.poll()
-    if not config.state_dir:  # what clients remember is of use as long as the run goes on
-        shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
+            run_flower(final, config.federation.clients, on_poll=watch.poll)
+        watch.poll()
+        if not config.state_dir:  # what clients remember is of use as long as the run goes on
+            shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
     if adversity.as_table():
         record.write_summary(record.summary() | adversity.as_table())
+    followers.on_run_end(record.summary())
     return record
+
+
+@contextlib.contextmanager
+def _told_of_errors(record: RunRecord, watch: "_RoundWatch", followers: Callback) -> Iterator[None]:
+    """Followers hear why a run ended; an interrupted one has its page, as one that ended well."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        watch.poll()
+        if record.rounds_path.is_file():
+            try:
+                write_page(record)
+            except ConfigError as unwritten:  # what the user asked for is the end, not the page
+                warnings.warn(str(unwritten), RuntimeWarning, stacklevel=2)
+        followers.on_run_error(error)
+        raise
+    except BaseException as error:
+        followers.on_run_error(error)
+        raise
 
 
 def _check_fleet(config: RunConfig) -> None:
