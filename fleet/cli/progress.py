@@ -18,6 +18,7 @@ from rich.text import Text
 from fleet.records import RoundReport
 from fleet.report import round_line
 from fleet.report.rounds import COLUMNS, MIB, round_cells
+from fleet.signals import signals_held
 
 OnRound = Callable[[RoundReport], None]
 OnReply = Callable[[int, int], None]
@@ -54,11 +55,12 @@ def show_progress(rounds: int, console: Console | None = None) -> Iterator[tuple
         course.end_round(report)
         wide = console.width >= _NARROW
         line = round_line(report, rounds) if wide else _short_line(report, rounds)
-        console.print(line, highlight=False, markup=False)
+        with signals_held():  # rich prints a line twice whose printing is interrupted
+            console.print(line, highlight=False, markup=False)
 
     # Where only standard error is a terminal, what is printed to the other stays there.
     both = sys.stdout is not None and sys.stdout.isatty()
-    streams = {sys.stderr, sys.stdout} if both else {sys.stderr}
+    streams = [sys.stderr, sys.stdout] if both else [sys.stderr]
     with Live(course, console=console, transient=True, redirect_stdout=both), _logs_above(streams):
         yield print_round, course.count
 
@@ -137,7 +139,7 @@ class Course:
     def _facts(self) -> list[str]:
         facts = []
         if self._asked:
-            facts.append(f"{self._answered} of {self._asked} clients answered")
+            facts.append(f"answered {self._answered} of {self._asked}")
         if self._accuracy is not None:
             facts.append(f"accuracy {100 * self._accuracy:.1f} %")
         if self._done is not None:
@@ -180,13 +182,13 @@ def _short_line(report: RoundReport, rounds: int) -> str:
 
 
 @contextlib.contextmanager
-def _logs_above(streams: set[TextIO]) -> Iterator[None]:
+def _logs_above(streams: list[TextIO]) -> Iterator[None]:
     """Send log lines above the display: loggers hold the stream that they began with.
 
     Args:
-        streams: standard ones whose place the display has taken.
+        streams: standard ones whose place the display has taken, that of errors first.
     """
-    display, own = sys.stderr, sys.__stderr__
+    display = sys.stderr
     moved: dict[logging.StreamHandler, TextIO] = {}
     for handler in _log_handlers():
         if handler.stream in streams:
@@ -196,10 +198,11 @@ def _logs_above(streams: set[TextIO]) -> Iterator[None]:
     finally:
         for handler in _log_handlers():  # those made meanwhile too: the display goes
             if handler.stream is display:
-                handler.setStream(moved.get(handler, own))
+                handler.setStream(moved.get(handler, streams[0]))
 
 
 def _log_handlers() -> list[logging.StreamHandler]:
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     handlers = [handler for each in loggers for handler in getattr(each, "handlers", ())]
-    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    # logging's handler of last resort has no stream of its own: it looks for standard error.
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and "stream" in vars(h)]

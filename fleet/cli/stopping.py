@@ -33,13 +33,13 @@ def stopping(record: RunRecord, again: str) -> Iterator[None]:
         again: options that the run's config.toml does not hold, for the command that
             repeats it.
     """
-    try:
-        with _signals_stop():
+    with _signals_stop():
+        try:
             yield
-    except KeyboardInterrupt as stopped:
-        click.echo(_what_is_left(record, again), err=True)
-        number = getattr(stopped, "number", signal.SIGINT)
-        raise click.exceptions.Exit(128 + number) from None
+        except KeyboardInterrupt as stopped:
+            click.echo(_what_is_left(record, again), err=True)
+            number = getattr(stopped, "number", signal.SIGINT)
+            raise click.exceptions.Exit(128 + number) from None
 
 
 def _what_is_left(record: RunRecord, again: str) -> str:
