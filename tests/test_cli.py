@@ -130,7 +130,7 @@ def test_against_draws_another_run_into_page_and_picture(run_dir, tmp_path):
     page = (run_dir / "report.html").read_text()
     assert picture.read_text().startswith("<svg")
     for text in (page, picture.read_text()):
-        assert "<!-- run -->" in text and "<!-- other-run -->" in text
+        assert ">run</text>" in text and ">other-run</text>" in text
     assert not other.page_path.exists()
     invoke("report", str(run_dir))
     assert "other-run" not in (run_dir / "report.html").read_text()
