@@ -53,8 +53,9 @@ def both(lines: Sequence[Line]) -> Picture:
     with styled():
         figure = new_figure(3.3, width=9.2)
         left, right = figure.subplots(1, 2, sharey=True)
-        _draw_together(figure, left, lines, rounds, "whole", named=False)
-        _draw_together(figure, right, lines, sent, scale)
+        all_sent = sent.keys() == rounds.keys()  # names stand where every line is
+        _draw_together(figure, left, lines, rounds, "whole", named=not all_sent)
+        _draw_together(figure, right, lines, sent, scale, named=all_sent)
         left.set(xlabel="round", ylabel="accuracy (%)")
         right.set(xlabel=label)
     title = "Accuracy by round and by bytes"

@@ -35,7 +35,7 @@ def test_the_page_shows_who_took_part_what_was_sent_and_what_was_abandoned(recor
         "Bytes by what they are",
         "Refused",
     ]
-    assert "<tr><td>pi-03</td><td>–</td><td>2</td><td>0</td>" in page
+    assert "<tr><td class=words>pi-03</td><td>–</td><td>2</td><td>0</td>" in page
     assert "<td>3*</td>" in page and "<p>* abandoned: " in page
 
 
