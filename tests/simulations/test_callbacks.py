@@ -95,11 +95,7 @@ def test_a_callback_hears_of_every_round_on_record_and_of_the_interrupt(tmp_path
     settings = SMALL | {"rounds": 50, "run-dir": str(tmp_path / "run")}
     with pytest.raises(KeyboardInterrupt):
         simulate(settings, on_reply=stop, callbacks=[heard])
-<<<<<<< HEAD
     rounds = len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
-=======
-    rounds = (tmp_path / "run" / "rounds.jsonl").read_text().count("\n")
->>>>>>> follow
     assert heard.names == ["on_run_start", *["on_round_end"] * rounds, "on_run_error"]
     assert isinstance(heard.events[-1][1], KeyboardInterrupt)
     assert (tmp_path / "run" / "report.html").is_file()
