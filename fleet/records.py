@@ -6,7 +6,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -238,19 +239,31 @@ class RunRecord:
         Raises:
             ConfigError: if there is no run here, or a line is not a round.
         """
+        for report, _ in self.rounds_from(0):
+            yield report
+
+    def rounds_from(self, position: int) -> Iterator[tuple[RoundReport, int]]:
+        """Rounds from a byte of `rounds.jsonl` on, each with the byte behind it.
+
+        Who follows a run so reads every line once.
+
+        Raises:
+            ConfigError: as `rounds`.
+        """
         if not self.rounds_path.is_file():
             if not self.config_path.is_file():
                 raise ConfigError(f"{self.path} holds no run: there is no config.toml in it")
             return
-        *lines, _ = _read(self.rounds_path).split(b"\n")
-        for number, line in enumerate(lines, start=1):
+        for line, end in _lines_from(self.rounds_path, position):
             try:
-                yield _parse_round(line)
+                report = _parse_round(line)
             except ValueError as error:
+                number = 1 + _read(self.rounds_path)[: end - 1].count(b"\n")
                 raise ConfigError(
                     f"{self.rounds_path}, line {number}, is not a round: {error}; "
                     f"remove the line, or repeat the run"
                 ) from error
+            yield report, end
 
     def save_model(self, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, str]) -> None:
         """Write `model.safetensors`; whoever reads it finds the last model or this one, whole.
@@ -302,21 +315,35 @@ class RunRecord:
             ) from error
 
 
-def summarise(rounds: list[RoundReport]) -> dict[str, Any]:
-    """Totals over the rounds and the last round's accuracy and loss."""
-    last = rounds[-1]
+def summarise(rounds: Iterable[RoundReport]) -> dict[str, Any]:
+    """Totals over the rounds and the last round's accuracy and loss.
+
+    Args:
+        rounds: one at least; gone through once, and not held.
+    """
+    totals: Counter[str] = Counter()
+    peak, last = 0, None
+    for last in rounds:
+        peak = max(peak, last.peak_client_bytes)
+        totals["bytes_up"] += last.bytes_up
+        totals["bytes_down"] += last.bytes_down
+        totals["seconds"] += last.seconds
+        totals["refused"] += len(last.refused)
+        totals["late"] += len(last.late)
+        totals["full_states"] += len(last.full_state)
+        totals["abandoned_rounds"] += last.abandoned
     return {
         "accuracy": last.accuracy,
         "loss": last.loss,
         "rounds": last.server_round,
-        "bytes_up": sum(r.bytes_up for r in rounds),
-        "bytes_down": sum(r.bytes_down for r in rounds),
-        "peak_client_bytes": max(r.peak_client_bytes for r in rounds),
-        "seconds": round(sum(r.seconds for r in rounds), 3),
-        "refused": sum(len(r.refused) for r in rounds),
-        "late": sum(len(r.late) for r in rounds),
-        "full_states": sum(len(r.full_state) for r in rounds),
-        "abandoned_rounds": sum(r.abandoned for r in rounds),
+        "bytes_up": totals["bytes_up"],
+        "bytes_down": totals["bytes_down"],
+        "peak_client_bytes": peak,
+        "seconds": round(totals["seconds"], 3),
+        "refused": totals["refused"],
+        "late": totals["late"],
+        "full_states": totals["full_states"],
+        "abandoned_rounds": totals["abandoned_rounds"],
     }
 
 
@@ -417,13 +444,28 @@ def _replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def _lines_from(path: Path, position: int) -> Iterator[tuple[bytes, int]]:
+    """Whole lines from a byte on, each with the byte behind it."""
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            for line in file:
+                if line.endswith(b"\n"):
+                    position += len(line)
+                    yield line[:-1], position
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {_reason(error)}; make it readable for this user"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot read {path}: {_reason(error)}; make it readable for this user")
 
 
 def _unwritten(path: Path, error: Exception) -> ConfigError:

@@ -211,14 +211,12 @@ class _RoundWatch:
     def __init__(self, record: RunRecord, on_round: Callable[[RoundReport], None]) -> None:
         self._record = record
         self._on_round = on_round
-        self._seen = 0
-        self._size = 0
+        self._position = 0
 
     def poll(self) -> None:
         path = self._record.rounds_path
-        if not path.is_file() or path.stat().st_size == self._size:
+        if not path.is_file() or path.stat().st_size == self._position:
             return
-        self._size = path.stat().st_size
-        for report in list(self._record.rounds())[self._seen :]:
-            self._seen += 1
+        for report, behind in self._record.rounds_from(self._position):
+            self._position = behind
             self._on_round(report)

@@ -61,7 +61,6 @@ class FleetStrategy(Strategy):
         head_start: HeadStarter | None = None,
     ) -> None:
         self.state = initial
-        self.reports: list[RoundReport] = []
         self._roster = roster
         self._config = config
         self._seed = seed
@@ -306,7 +305,6 @@ class FleetStrategy(Strategy):
         if self._evaluate is not None:
             self._ledger.evaluation = self._evaluate(self.state)
         report = self._ledger.report(server_round)
-        self.reports.append(report)
         self._on_round(report)
         log(INFO, "%s", round_line(report, self._config.rounds))
         if report.accuracy is None:

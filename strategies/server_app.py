@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from logging import ERROR, INFO, WARNING
 
 from flwr.app import Context
@@ -96,9 +96,9 @@ def run(grid: Grid, config: RunConfig) -> None:
         head_start=HeadStarter.of(backbone) if federation.head_start else None,
     )
     strategy.run(grid)
-    _check_trained(strategy.reports)
+    _check_trained(record.rounds())
     record.write_summary(
-        summarise(strategy.reports)
+        summarise(record.rounds())
         | {"strategy": federation.strategy, "seed": config.seed, "plan_digest": plan.digest}
     )
     try:
@@ -124,20 +124,22 @@ def _check_plans(chosen: Algorithm, config: RunConfig) -> None:
             )
 
 
-def _check_trained(reports: Sequence[RoundReport]) -> None:
+def _check_trained(reports: Iterable[RoundReport]) -> None:
     """A run whose model never moved has not succeeded, whatever it wrote."""
-    rounds = [report for report in reports if report.server_round > 0]
-    if any(report.stepped for report in rounds):
-        return
-    what = "no client's update was admitted in any"
-    if any(report.clients for report in rounds):
-        what = "the model did not move in any"
-    reasons = Counter(reason for report in rounds for reason in report.refused.values())
+    rounds, admitted, reasons = 0, False, Counter()
+    for report in reports:
+        if report.stepped and report.server_round > 0:
+            return
+        if report.server_round > 0:
+            rounds += 1
+            admitted |= bool(report.clients)
+            reasons.update(report.refused.values())
+    what = "the model did not move" if admitted else "no client's update was admitted"
     (reason, count), *_ = reasons.most_common(1) or [
-        ("fewer updates than min-updates or quorum ask for", len(rounds))
+        ("fewer updates than min-updates or quorum ask for", rounds)
     ]
     raise UpdateError(
-        f"{what} of {len(rounds)} rounds; "
+        f"{what} in any of {rounds} rounds; "
         f"{count} times the reason was: {reason.strip().splitlines()[-1]}"
     )
 

@@ -216,13 +216,28 @@ def test_a_folder_without_a_run_has_no_rounds_to_give(tmp_path):
 def test_rounds_that_cannot_be_read_are_named(record, monkeypatch):
     record.add_round(report())
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     text = f"cannot read {record.rounds_path}: Permission denied; make it readable"
     with pytest.raises(ConfigError, match=re.escape(text)):
         list(record.rounds())
+
+
+def test_who_follows_reads_each_line_once_and_whole(record):
+    seen, position = [], 0
+    for number in range(3):
+        record.add_round(report(server_round=number))
+        with record.rounds_path.open("a") as file:
+            file.write('{"server_round"')  # the next, half written
+        for found, behind in record.rounds_from(position):
+            seen.append(found.server_round)
+            position = behind
+        text = record.rounds_path.read_text()
+        assert position == text.rindex("\n") + 1
+        record.rounds_path.write_text(text[:position])
+    assert seen == [0, 1, 2]
 
 
 # Summary

@@ -92,6 +92,7 @@ def run(plan: UpdatePlan, codec: str, kinds=(), seed: int = 0, seen: Counter | N
     grid = ScriptedGrid(dict(sorted(nodes.items())))
     grid.answers_at_once = True  # nobody need wait for those who are silent
     own = {"rounds": ROUNDS, "min-clients": 1, "codec-up": codec}
+    reports = []
     strategy = FleetStrategy(
         TrainableState(plan, arrays_of(plan, 99)),
         ("cat", "dog"),
@@ -99,9 +100,11 @@ def run(plan: UpdatePlan, codec: str, kinds=(), seed: int = 0, seen: Counter | N
         read_config(default_settings() | own).federation,
         0,
         compose(MEAN, sgd()),
+        on_round=reports.append,
         run="00ff00ff00ff00ff",
     )
     strategy.run(grid)
+    strategy.reports = reports
     grid.sent.clear()  # what the test keeps is not what the server keeps
     grid._waiting.clear()
     return strategy

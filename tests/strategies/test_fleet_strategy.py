@@ -83,7 +83,7 @@ def updates(toy_plan, random_update):
 def run(scripted_grid, initial):
     """Run a strategy against clients: name → function of a message to its reply.
 
-    Returns the strategy, which holds state and reports, and the messages sent and received.
+    Returns the strategy, with its reports, and the messages sent and received.
     """
 
     def run(clients, rounds=1, optimizer=None, evaluate=fixed_evaluation, rule=MEAN, **settings):
@@ -102,6 +102,7 @@ def run(scripted_grid, initial):
         grid = scripted_grid({10 + i: node(*pair) for i, pair in enumerate(clients.items())})
         settings = {"rounds": rounds, "min-clients": 1, "round-timeout": 0.5} | settings
         config = read_config(default_settings() | settings).federation
+        reports = []
         strategy = FleetStrategy(
             initial,
             ("cat", "dog"),
@@ -110,9 +111,11 @@ def run(scripted_grid, initial):
             0,
             compose(rule, optimizer or sgd()),
             evaluate=evaluate,
+            on_round=reports.append,
             run="00ff00ff00ff00ff",
         )
         strategy.run(grid)
+        strategy.reports = reports
         sent = [m for m in grid.sent if m.metadata.message_type != "query"]
         return strategy, sent, [r for r in received if r is not None]
 

@@ -20,7 +20,7 @@ from fleet.errors import ConfigError, PlanError
 from fleet.evaluation import evaluate
 from fleet.plan import make_plan
 from fleet.records import RunRecord
-from simulations.local_engine import LocalGrid, run_local
+from simulations.local_engine import run_local
 from strategies.fleet_strategy import FleetStrategy
 from strategies.server_app import app as server_app
 from strategies.server_opt import server_optimizer
@@ -69,14 +69,11 @@ def launch(tmp_path, monkeypatch):
         settings = {key.replace("_", "-"): value for key, value in settings.items()}
         settings = {"run-dir": str(tmp_path / f"run-{next(count)}")} | SMALL | settings
 
-        class Grid(LocalGrid):
-            def __init__(self, *args):
-                super().__init__(*args)
-                for partition, changes in (nodes or {}).items():
-                    list(self._contexts.values())[partition].node_config.update(changes)
+        def as_configured(message, context):
+            context.node_config.update((nodes or {}).get(context.node_config["partition-id"], {}))
+            return client_app(message, context)
 
-        monkeypatch.setattr("simulations.local_engine.LocalGrid", Grid)
-        run_local(server_app, client_app, default_settings() | settings, settings["clients"])
+        run_local(server_app, as_configured, default_settings() | settings, settings["clients"])
         return RunRecord(type(tmp_path)(settings["run-dir"]))
 
     return launch
