@@ -8,6 +8,7 @@ import pytest
 # (`make test`), each of which takes a file at a time, no worker is left alone with them.
 LONG_FILES = (
     "test_deployment.py",
+    "test_stopping.py",
     "test_launch.py",
     "test_memory_limit.py",
     "test_flwr_run.py",
