@@ -13,7 +13,8 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fleet.config import CACHES
 from fleet.errors import ConfigError
-from fleet.features.shards import FOLDER, folders_in, header_of, opened_at, sizes_in, write_whole
+from fleet.features.shards import FOLDER, files_in, folders_in, header_of, opened_at, write_whole
 from fleet.mobiletl.stash import keep, restore
 
 PRECISIONS = CACHES[1:]
@@ -74,9 +75,9 @@ class FeatureCache:
         self._max_bytes = max_bytes
         self._dtype = _row_dtype(self._shape, precision)
         self._seed = zlib.crc32(key.encode())
-        self._index: dict[bytes, tuple[Path, int]] = {}  # shard, and where in it the row starts
+        self._known = _known_of(self._folder, self._dtype)
+        self._index = self._known.rows
         self._buffer: dict[bytes, bytes] = {}  # rows to be written
-        self._number = 0  # of the newest shard
         self._stores = True
         try:
             self._open()
@@ -100,7 +101,7 @@ class FeatureCache:
     def nbytes(self) -> int:
         """Bytes of this key on disk."""
         with suppress(OSError):
-            return sum(sizes_in(self._folder).values())
+            return sum(size for size, _ in files_in(self._folder).values())
         return 0
 
     def round_trip(self, x: Tensor) -> Tensor:
@@ -236,12 +237,20 @@ class FeatureCache:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for shard in sorted(sizes_in(self._folder)):  # by number: a later copy of a row wins
-            if shard.suffix != ".npy":
-                continue
+        files = {folder: files_in(folder) for folder in folders_in(self._directory)}
+        shards = {
+            n: facts for n, facts in files.get(self._folder, {}).items() if n.endswith(".npy")
+        }
+        known = self._known.shards
+        if any(shards.get(name) != facts for name, facts in known.items()):
+            known.clear()
+            self._index.clear()
+        for name in sorted(shards.keys() - known.keys()):  # by number: a later copy of a row wins
+            shard = self._folder / name
             try:
-                self._number = max(self._number, int(shard.name.split("-")[0]))
+                self._known.number = max(self._known.number, int(name.split("-")[0]))
                 self._index |= self._rows_of(shard)
+                known[name] = shards[name]
             except OSError:
                 continue  # another process made room, or it cannot be read just now
             except Exception as error:  # NumPy's header parser raises a dozen kinds
@@ -249,8 +258,9 @@ class FeatureCache:
                     shard.unlink()
                 _warn(f"feature cache: dropped {shard}, whose rows are made anew: {error}")
         os.utime(self._folder)
-        self._clean()
-        self._make_room(0)  # the limit may be lower than it was
+        self._clean(files)
+        if sum(size for names in files.values() for size, _ in names.values()) > self._max_bytes:
+            self._make_room(0)  # the limit is lower than it was
 
     def _rows_of(self, shard: Path) -> dict[bytes, tuple[Path, int]]:
         """Where the rows of a shard are; any exception: it is none."""
@@ -279,39 +289,42 @@ class FeatureCache:
                 f"(cache-mib); the rest is computed each time, unless cache-mib is raised"
             )
         if rows:
-            self._number += 1
-            shard = self._folder / f"{self._number:08d}-{uuid4().hex}.npy"
+            self._known.number += 1
+            shard = self._folder / f"{self._known.number:08d}-{uuid4().hex}.npy"
             write_whole(shard, [header, *(row for _, row in rows)])
+            with suppress(OSError):  # else it is read again
+                about = shard.stat()
+                self._known.shards[shard.name] = about.st_size, about.st_mtime_ns
             for n, (row_id, _) in enumerate(rows):
                 self._index[row_id] = (shard, len(header) + n * size)
 
     def _make_room(self, need: int) -> int:
         """Remove other keys' shards until `need` bytes may be written; how many may be."""
-        sizes = {folder: sizes_in(folder) for folder in folders_in(self._directory)}
-        room = self._max_bytes - sum(sum(files.values()) for files in sizes.values())
+        sizes = {folder: files_in(folder) for folder in folders_in(self._directory)}
+        room = self._max_bytes - sum(size for names in sizes.values() for size, _ in names.values())
         sizes.pop(self._folder, None)
         opened = {folder: opened_at(folder) for folder in sizes}
         for folder in sorted(opened, key=opened.get):
-            for file in sorted(sizes[folder]):
+            for name, (size, _) in sorted(sizes[folder].items()):
                 if room >= need:
                     return room
-                if file.suffix == ".npy":  # the others are being written
-                    file.unlink(missing_ok=True)
-                    room += sizes[folder][file]
+                if name.endswith(".npy"):  # the others are being written
+                    (folder / name).unlink(missing_ok=True)
+                    room += size
                     with suppress(FileNotFoundError):  # removing made it look newly opened
                         os.utime(folder, ns=(opened[folder], opened[folder]))
         return room
 
-    def _clean(self) -> None:
+    def _clean(self, files: dict[Path, dict[str, tuple[int, int]]]) -> None:
         """Remove what killed writers and removed shards of any key left behind."""
-        before = time.time() - STALE_SECONDS
-        for folder in folders_in(self._directory):
-            for file in sizes_in(folder):
-                with suppress(OSError):
-                    if file.suffix == ".part" and file.stat().st_mtime < before:
-                        file.unlink()
+        before = (time.time() - STALE_SECONDS) * 1e9
+        for folder, names in files.items():
+            for name, (_, written) in names.items():
+                if name.endswith(".part") and written < before:
+                    with suppress(OSError):
+                        (folder / name).unlink()
             with suppress(OSError):  # it holds something
-                if opened_at(folder) < before * 1e9:
+                if opened_at(folder) < before:
                     folder.rmdir()
 
     def _stop_after(self, error: OSError | ValueError) -> None:
@@ -324,6 +337,28 @@ class FeatureCache:
         if self._stores:
             _warn(why)
         self._stores = False
+
+
+@dataclass
+class _Known:
+    """What this process has read of a key's shards.
+
+    Attributes:
+        rows: id → shard, and where in it the row starts.
+        shards: name → bytes, and when it was written, in nanoseconds.
+        number: of the newest shard.
+    """
+
+    rows: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
+    shards: dict[str, tuple[int, int]] = field(default_factory=dict)
+    number: int = 0
+
+
+# A simulation opens a key for each client and round: what others have written since is
+# read, not all that there is.
+@lru_cache(maxsize=4)
+def _known_of(folder: Path, dtype: np.dtype) -> _Known:
+    return _Known()
 
 
 @cache  # once a process: a simulation opens a cache for each client and round

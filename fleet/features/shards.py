@@ -48,15 +48,19 @@ def folders_in(directory: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def sizes_in(folder: Path) -> dict[Path, int]:
-    """Shards, finished or not, → bytes; those that vanish meanwhile are left out."""
-    sizes = {}
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Shards, finished or not: name → bytes, and when it was written, in nanoseconds.
+
+    Those that vanish meanwhile are left out.
+    """
+    files = {}
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith((".npy", ".part")) and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
-                    sizes[Path(entry.path)] = entry.stat().st_size
-    return sizes
+                    about = entry.stat()
+                    files[entry.name] = about.st_size, about.st_mtime_ns
+    return files
 
 
 def opened_at(folder: Path) -> int:

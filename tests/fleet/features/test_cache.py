@@ -77,6 +77,11 @@ def right_rows(cache, numbers):
     return int(found.sum())
 
 
+def forget_what_was_read():
+    """As another process would find it."""
+    feature_cache._known_of.cache_clear()
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     """Four rows a shard at float16."""
@@ -431,6 +436,7 @@ def test_a_shard_that_vanishes_while_opening_is_skipped(
     small_shards, warned, monkeypatch, tmp_path
 ):
     fill(tmp_path, range(12))
+    forget_what_was_read()
     read = np.lib.format.open_memmap
 
     def vanish(path, **options):
@@ -787,6 +793,7 @@ def test_many_shards_need_no_descriptors(monkeypatch, tmp_path):
 
 def test_shards_are_opened_for_reading_only(monkeypatch, tmp_path):
     fill(tmp_path, range(4))
+    forget_what_was_read()
     modes = []
     read, opened = np.lib.format.open_memmap, Path.open
 
@@ -804,3 +811,33 @@ def test_shards_are_opened_for_reading_only(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "open", open_)
     assert right_rows(open_cache(tmp_path), range(4)) == 4
     assert set(modes) == {"r", "rb"}
+
+
+def test_a_key_that_is_opened_again_reads_only_what_others_wrote_since(
+    small_shards, monkeypatch, tmp_path
+):
+    fill(tmp_path, range(12))
+    mapped, read = [], np.lib.format.open_memmap
+    monkeypatch.setattr(
+        np.lib.format, "open_memmap", lambda path, mode: (mapped.append(path), read(path, mode))[1]
+    )
+    forget_what_was_read()
+    assert right_rows(open_cache(tmp_path), range(12)) == 12
+    assert len(mapped) == 3
+    forked = os.fork()  # another process, for which this one's memory is not
+    if not forked:
+        forget_what_was_read()
+        fill(tmp_path, range(12, 20))
+        os._exit(0)
+    os.waitpid(forked, 0)
+    mapped.clear()
+    for _ in range(5):
+        assert right_rows(open_cache(tmp_path), range(20)) == 20
+    assert mapped == shards(tmp_path)[3:]
+
+
+def test_shards_that_went_meanwhile_are_known_to_be_gone(small_shards, tmp_path):
+    fill(tmp_path, range(12))
+    assert len(open_cache(tmp_path)) == 12
+    shards(tmp_path)[0].unlink()
+    assert len(open_cache(tmp_path)) == 8
