@@ -70,6 +70,8 @@ class RoundReport:
         bytes_by_client: client → bytes up, bytes down.
         bytes_by_role: `up`, `down` → role of tensors (`weight`, `shift`, …) or
             `headers` → bytes. An update that was refused is all headers.
+        accuracy_by_client: client → its validation images, accuracy of the model after
+            the round on them, 0…1; empty where the server evaluates.
     """
 
     server_round: int
@@ -90,6 +92,7 @@ class RoundReport:
     coverage: Mapping[str, int] = field(default_factory=dict)
     bytes_by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     bytes_by_role: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    accuracy_by_client: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def abandoned(self) -> bool:
@@ -346,18 +349,22 @@ def _parse_round(line: bytes) -> RoundReport:
     _check_keys(RoundReport, values)
     for key in ("clients", "asked", "late", "full_state"):
         values[key] = tuple(_typed(values, key, list))
-    for key in ("refused", "coverage", "bytes_by_client", "bytes_by_role"):
+    for key in ("refused", "coverage", "bytes_by_role", *_PAIRS):
         values[key] = _typed(values, key, dict)
     for client in values["clients"]:
         _check_keys(ClientReport, client)
     values["clients"] = tuple(ClientReport(**client) for client in values["clients"])
-    for name, pair in values["bytes_by_client"].items():
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"bytes_by_client of {name} must be [up, down], got {pair!r}")
-    values["bytes_by_client"] = {n: tuple(b) for n, b in values["bytes_by_client"].items()}
+    for key, meaning in _PAIRS.items():
+        for name, pair in values[key].items():
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"{key} of {name} must be {meaning}, got {pair!r}")
+        values[key] = {name: tuple(pair) for name, pair in values[key].items()}
     # Where it was not on record yet, every round that had updates stepped.
     values.setdefault("stepped", bool(values["clients"]))
     return RoundReport(**values)
+
+
+_PAIRS = {"bytes_by_client": "[up, down]", "accuracy_by_client": "[images, accuracy]"}
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -1,9 +1,11 @@
 """Launch one simulated run and follow it through its records."""
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clients.client import SIMULATED_STATE
@@ -13,8 +15,10 @@ from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_confi
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
+from fleet.report import write_page
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
+from simulations.callbacks import Callback, Callbacks
 from simulations.workers import read_workers
 
 ENGINES = ("local", "flower")
@@ -30,6 +34,7 @@ def simulate(
     hostile: float = 0.0,
     drop: float = 0.0,
     workers: int | str = 1,
+    callbacks: Sequence[Callback] = (),
 ) -> RunRecord:
     """Run a fleet on this machine.
 
@@ -47,6 +52,7 @@ def simulate(
         drop: probability that a reply to a train message is lost (`local` only).
         workers: processes that clients run in (`local` only); 1: this one; `auto`:
             one for each core. The run's result is the same for any number.
+        callbacks: follow the run; one that fails does not end it.
 
     Returns:
         The folder of the run, with its records, model and report.
@@ -54,6 +60,8 @@ def simulate(
     Raises:
         FleetError: for what the user can mend, before anything is trained
             wherever it can be known by then.
+        KeyboardInterrupt: if the run is interrupted; rounds, model and report
+            of what is done are then in its folder.
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
@@ -74,28 +82,57 @@ def simulate(
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
     if processes > 1:  # workers are forks: what is imported by now, they need not import each
         resolve(config.model.backbone)
-    watch = _RoundWatch(record, on_round)
+    followers = Callbacks(callbacks)
+
+    def end_round(report: RoundReport) -> None:
+        on_round(report)
+        followers.on_round_end(report)
+
+    watch = _RoundWatch(record, end_round)
     unwritten = adversity.as_table()
-    if engine == "local":
+    followers.on_run_start(record, final)
+    with _told_of_errors(record, watch, followers):
+        if engine == "local":
 
-        def follow(answered: int, asked: int) -> None:
-            if unwritten and record.config_path.is_file():
-                record.add_to_config({"simulation": unwritten})
-                unwritten.clear()
-            watch.poll()
-            on_reply(answered, asked)
+            def follow(answered: int, asked: int) -> None:
+                if unwritten and record.config_path.is_file():
+                    record.add_to_config({"simulation": unwritten})
+                    unwritten.clear()
+                watch.poll()
+                on_reply(answered, asked)
+                followers.on_reply(answered, asked)
 
-        _run_local(final, config, adversity, follow, processes)
-    else:
-        from simulations.flower_engine import run_flower
+            _run_local(final, config, adversity, follow, processes)
+        else:
+            from simulations.flower_engine import run_flower
 
-        run_flower(final, config.federation.clients, on_poll=watch.poll)
-    watch.poll()
-    if not config.state_dir:  # what clients remember is of use as long as the run goes on
-        shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
+            run_flower(final, config.federation.clients, on_poll=watch.poll)
+        watch.poll()
+        if not config.state_dir:  # what clients remember is of use as long as the run goes on
+            shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
     if adversity.as_table():
         record.write_summary(record.summary() | adversity.as_table())
+    followers.on_run_end(record.summary())
     return record
+
+
+@contextlib.contextmanager
+def _told_of_errors(record: RunRecord, watch: "_RoundWatch", followers: Callback) -> Iterator[None]:
+    """Followers hear why a run ended; an interrupted one has its page, as one that ended well."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        watch.poll()
+        if record.rounds_path.is_file():
+            try:
+                write_page(record)
+            except ConfigError as unwritten:  # what the user asked for is the end, not the page
+                warnings.warn(str(unwritten), RuntimeWarning, stacklevel=2)
+        followers.on_run_error(error)
+        raise
+    except BaseException as error:
+        followers.on_run_error(error)
+        raise
 
 
 def _check_fleet(config: RunConfig) -> None:

@@ -6,9 +6,8 @@ of many (`strategies.aggregation`) and an optimiser that steps the model by it
 (`strategies.server_opt`).
 """
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from fleet.config import FederationConfig, default_settings
 from fleet.errors import ConfigError, FleetError
 from fleet.state import ClientUpdate, TrainableState
 from strategies.aggregation import Rule, rule
+from strategies.named import import_named
 from strategies.server_opt import ServerOptimizer, server_optimizer
 
 
@@ -28,11 +28,13 @@ class Step:
         state: the model's tensors after the round.
         memory: what the algorithm wants back in the next round.
         coverage: tensor → how many clients trained it.
+        left_out: client → why its update counted for nothing.
     """
 
     state: TrainableState
     memory: Any
     coverage: Mapping[str, int]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
         statistics = {n: np.asarray(a, np.float32) for n, a in aggregate.statistics.items()}
         tensors = {**state.tensors, **parameters, **statistics}
         stepped = TrainableState(state.plan, tensors)
-        return Step(stepped, (of_rule, of_optimizer), dict(aggregate.coverage))
+        memory = of_rule, of_optimizer
+        return Step(stepped, memory, dict(aggregate.coverage), dict(aggregate.left_out))
 
     return Algorithm(init, step)
 
@@ -133,22 +136,6 @@ def own_algorithm(where: str) -> Algorithm:
             f"nor a flwr.serverapp.strategy.Strategy, nor a function that makes one"
         )
     return found
-
-
-def import_named(where: str) -> Any:
-    """What `package.module:name` means.
-
-    Raises:
-        ConfigError: if there is no such module, or no such name in it.
-    """
-    module, _, name = where.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module does as it is imported
-        raise ConfigError(
-            f"cannot import {where} ({type(error).__name__}: {error}); write package.module:name, "
-            f"with the package where Python finds it (PYTHONPATH)"
-        ) from error
 
 
 def _made(where: str, maker: Callable[[], Any]) -> Any:

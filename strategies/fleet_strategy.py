@@ -152,11 +152,12 @@ class FleetStrategy(Strategy):
         if self._evaluate is not None:
             return None
         gate = Gate(self.plan, self._config.codec_up, self._tokens.spend)
-        results = []
+        evaluations = self._ledger.evaluations
         for name, content, nbytes in self._answers(replies, "evaluation: "):
             with self._refusing(name, "evaluation: "):
-                results.append(gate.admit_evaluation(content, name, nbytes))
+                evaluations[name] = gate.admit_evaluation(content, name, nbytes)
         close(replies)
+        results = evaluations.values()
         total = sum(result.num_examples for result in results)
         if total:
             self._ledger.evaluation = Evaluation(
@@ -268,7 +269,8 @@ class FleetStrategy(Strategy):
         ledger.stepped = any(
             (step.state.tensors[name] != array).any() for name, array in before.tensors.items()
         )
-        self._outbox.acknowledge([update.client for update in updates], server_round)
+        ledger.leave_out(step.left_out)
+        self._outbox.acknowledge([update.client for update in ledger.updates], server_round)
         self._outbox.versions.advance(self.state, [self._seed, server_round])
 
     def _checked_step(self, updates: Sequence[ClientUpdate], server_round: int) -> Step:

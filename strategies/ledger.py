@@ -57,6 +57,7 @@ class Ledger:
         stepped: whether the model moved.
         coverage: tensor → how many clients trained it.
         evaluation: of the model after the round.
+        evaluations: client → its own, where clients evaluate.
     """
 
     asked: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class Ledger:
     stepped: bool = False
     coverage: Mapping[str, int] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
     up: Traffic = field(default_factory=Traffic)
     down: Traffic = field(default_factory=Traffic)
     started: float = field(default_factory=time.perf_counter)
@@ -90,6 +92,12 @@ class Ledger:
         if not before.endswith(reason):
             both = f"{before}; {reason}" if before else reason
             self.refused[client] = both[-_MAX_REASON:]
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Book why the algorithm made nothing of updates that were admitted."""
+        self.updates = [update for update in self.updates if update.client not in reasons]
+        for client, reason in reasons.items():
+            self.refuse(client, reason)
 
     def report(self, server_round: int) -> RoundReport:
         """The round as it goes on record."""
@@ -120,6 +128,10 @@ class Ledger:
             bytes_by_role={
                 "up": dict(sorted(self.up.by_role.items())),
                 "down": dict(sorted(self.down.by_role.items())),
+            },
+            accuracy_by_client={
+                name: (own.num_examples, own.accuracy)
+                for name, own in sorted(self.evaluations.items())
             },
         )
 

@@ -20,6 +20,7 @@ from fleet.mobiletl import TransferModel
 from fleet.plan import make_plan
 from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
+from fleet.signals import signals_held
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
 from strategies.algorithm import Algorithm, algorithm
@@ -75,10 +76,12 @@ def run(grid: Grid, config: RunConfig) -> None:
                 f"the global model's loss is {report.loss} after round {report.server_round} with "
                 f"server-learning-rate {federation.server_learning_rate}; lower it or learning-rate"
             )
-        # In this order: a round that is on record has its model.
         load(backbone.model, strategy.state)
-        record.save_model(backbone.model.state_dict(), _facts(backbone, classes))
-        record.add_round(report)
+        # In this order: a round that is on record has its model. A signal ends the run
+        # before both or after both: the model is that of the last round on record.
+        with signals_held():
+            record.save_model(backbone.model.state_dict(), _facts(backbone, classes))
+            record.add_round(report)
 
     strategy = FleetStrategy(
         capture(backbone.model, plan),

@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from fleet.cli import measure, plan, report, simulate
+from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
-from fleet.cli.simulate import show_progress
 from fleet.errors import FleetError
 
 __all__ = ["main", "show_progress", "show_run"]

@@ -8,7 +8,18 @@ from rich.console import Console
 from fleet.cli.options import format_option
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
-from fleet.report import accuracy_picture, as_text, refusals, run_values, tables, write_page
+from fleet.report import (
+    accuracy_picture,
+    all_tables,
+    as_csv,
+    as_markdown,
+    as_text,
+    refusals,
+    run_values,
+    tables,
+    write_files,
+    write_page,
+)
 
 
 @click.command("report")
@@ -17,9 +28,23 @@ from fleet.report import accuracy_picture, as_text, refusals, run_values, tables
     "--against", multiple=True, type=click.Path(path_type=Path), help="A run to draw beside it."
 )
 @click.option("--picture", type=click.Path(path_type=Path), help="Write the picture to an SVG.")
-@format_option("text", "json")
-def command(run: Path, against: tuple[Path, ...], picture: Path | None, output_format: str) -> None:
-    """Print the tables of a RUN and write its page anew."""
+@click.option(
+    "--files",
+    type=click.Path(path_type=Path),
+    help="A folder for every picture as SVG and PNG, every table as CSV and Markdown.",
+)
+@format_option("text", "json", "md", "csv")
+def command(
+    run: Path,
+    against: tuple[Path, ...],
+    picture: Path | None,
+    files: Path | None,
+    output_format: str,
+) -> None:
+    """Print the tables of a RUN and write its page anew.
+
+    md prints the tables in Markdown; csv prints that of the rounds, and --files has the others.
+    """
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
     for each in (record, *beside):
         list(each.rounds())  # what cannot be read is refused; what cannot be written is not
@@ -29,10 +54,22 @@ def command(run: Path, against: tuple[Path, ...], picture: Path | None, output_f
         click.echo(f"Warning: {error}", err=True)
     if picture is not None:
         _write_picture(picture, [record, *beside])
+    if files is not None:
+        write_files(record, files, beside)
     if output_format == "json":
         click.echo(to_json(run_values(record), indent=2))
+    elif output_format in ("md", "csv"):
+        _print_tables(record, output_format)
     else:
         show_run(record)
+
+
+def _print_tables(record: RunRecord, output_format: str) -> None:
+    rounds = list(record.rounds())
+    if output_format == "csv":
+        click.echo(as_csv(tables(rounds)[0]), nl=False)
+        return
+    click.echo("\n".join(map(as_markdown, all_tables(rounds))), nl=False)
 
 
 def _write_picture(path: Path, records: list[RunRecord]) -> None:

@@ -1,24 +1,22 @@
 """`fleet simulate`."""
 
-import contextlib
 import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fleet.cli.options import format_option
+from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
+from fleet.cli.stopping import stopping
 from fleet.config import default_settings, describe_settings, read_config
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, RunRecord, to_json
-from fleet.report import round_line
+from fleet.records import RunRecord, to_json
 
 
 def _setting_options(command: Callable) -> Callable:
@@ -48,6 +46,12 @@ def _setting_options(command: Callable) -> Callable:
 )
 @click.option("--hostile", type=float, help="Share of the clients that do it.")
 @click.option("--drop", type=float, help="Probability that a client's update is lost.")
+@click.option(
+    "--log-to",
+    multiple=True,
+    help="Where else to show the rounds: tensorboard[:FOLDER], mlflow[:EXPERIMENT] or "
+    "wandb[:PROJECT]; may be given several times.",
+)
 @format_option("text", "json")
 def command(
     recipe: Path | None,
@@ -56,6 +60,7 @@ def command(
     attack: str | None,
     hostile: float | None,
     drop: float | None,
+    log_to: tuple[str, ...],
     output_format: str,
     **options: Any,
 ) -> None:
@@ -72,13 +77,23 @@ def command(
     record = RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
     _find_modules_here()
-    with _interruptible(record):
+    with stopping(record, again="" if engine == "local" else f" --engine {engine}"):
         from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
+        from simulations.trackers import read_tracker
 
         adversity = vars(Adversity.of(adversity))
+        callbacks = [read_tracker(each) for each in log_to]
         with show_progress(config.federation.rounds) as (on_round, on_reply):
-            record = launch(settings, engine, on_round, on_reply, workers=workers, **adversity)
+            record = launch(
+                settings,
+                engine,
+                on_round,
+                on_reply,
+                workers=workers,
+                callbacks=callbacks,
+                **adversity,
+            )
     if output_format == "json":
         click.echo(to_json(record.summary(), indent=2))
     else:
@@ -92,19 +107,6 @@ def _find_modules_here() -> None:
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-@contextlib.contextmanager
-def _interruptible(record: RunRecord) -> Iterator[None]:
-    """Ctrl-C ends the command with the shell's code for it, 128 + SIGINT, and says what is left."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if record.config_path.is_file():
-            click.echo(f"stopped; what is done is in {record.path}", err=True)
-        else:
-            click.echo(f"stopped; nothing was written to {record.path} yet", err=True)
-        raise click.exceptions.Exit(130) from None
 
 
 def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,27 +131,3 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # A run's own directory is taken: by that run.
     settings = {key: value for key, value in values["settings"].items() if key != "run-dir"}
     return settings, simulation
-
-
-@contextlib.contextmanager
-def show_progress(
-    rounds: int,
-) -> Iterator[tuple[Callable[[RoundReport], None], Callable[[int, int], None]]]:
-    """Callbacks that show a run while it goes on, on standard error."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda report: click.echo(round_line(report, rounds), err=True), lambda *_: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        done = progress.add_task("rounds", total=rounds)
-        cohort = progress.add_task("clients", total=None)
-
-        def on_round(report: RoundReport) -> None:
-            progress.update(done, completed=report.server_round)
-            console.print(round_line(report, rounds), highlight=False)
-
-        def on_reply(answered: int, asked: int) -> None:
-            progress.update(cohort, completed=answered, total=asked)
-
-        yield on_round, on_reply

@@ -115,7 +115,8 @@ class EncodedArrays(Mapping[str, np.ndarray]):
                 f"run the server's plan"
             )
         self._payload, self._plan = payload, plan
-        self._names = [spec.name for spec in plan.specs] if names is None else list(names)
+        shown = [spec.name for spec in plan.specs] if names is None else names
+        self._names = dict.fromkeys(shown)  # in that order, and found at once
         _ = self._slices
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -127,6 +128,9 @@ class EncodedArrays(Mapping[str, np.ndarray]):
             return _format(self._codec, spec).decode(data, spec.shape)
         except UpdateError as error:
             raise UpdateError(f"{name} is damaged: {error}") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would decode the tensor to see
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -1,10 +1,13 @@
-"""Rounds, who took part in them and what they sent: as lines, tables, values and one page."""
+"""Rounds, who took part in them and what they sent: lines, tables, pictures, values, a page."""
 
-from fleet.report.page import write_page
+from fleet.report.files import write_files
+from fleet.report.grid import Grid, as_csv, as_html, as_markdown, as_text
+from fleet.report.page import write_comparison, write_page
 from fleet.report.participation import Group, Part, by_blocks, participation
 from fleet.report.picture import accuracy_picture
 from fleet.report.rounds import refusals, round_line
-from fleet.report.tables import Grid, as_html, as_text, tables
+from fleet.report.rows import Row
+from fleet.report.tables import all_tables, tables
 from fleet.report.traffic import bytes_by_role
 from fleet.report.values import run_values
 
@@ -12,8 +15,12 @@ __all__ = [
     "Grid",
     "Group",
     "Part",
+    "Row",
     "accuracy_picture",
+    "all_tables",
+    "as_csv",
     "as_html",
+    "as_markdown",
     "as_text",
     "by_blocks",
     "bytes_by_role",
@@ -22,5 +29,7 @@ __all__ = [
     "round_line",
     "run_values",
     "tables",
+    "write_comparison",
+    "write_files",
     "write_page",
 ]

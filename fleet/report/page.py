@@ -1,55 +1,149 @@
-"""A run as one HTML page."""
+"""A run, and a comparison of runs, as one HTML page."""
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 
 from fleet.errors import ConfigError
-from fleet.records import RunRecord
-from fleet.report.picture import accuracy_picture
-from fleet.report.rounds import refusals
-from fleet.report.tables import as_html, tables
+from fleet.records import RoundReport, RunRecord, summarise
+from fleet.report.grid import Grid, as_html
+from fleet.report.history import Line, read_history, read_line
+from fleet.report.pictures import comparison_pictures, run_pictures, write_pictures
+from fleet.report.rounds import MIB
+from fleet.report.rows import Row
+from fleet.report.style import Picture
+from fleet.report.tables import all_tables
 
 
 def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
-    """Write `report.html`: tables, refusals and, where matplotlib is, a picture.
+    """Write `report.html`: pictures where matplotlib is, tables, and who was refused.
 
     Args:
         record: the run that the page is about, where it is written.
-        beside: runs to draw into the same picture.
+        beside: runs to draw into the pictures of accuracy.
 
     Raises:
         ConfigError: if there is no run, or the page cannot be written.
     """
     rounds = list(record.rounds())
-    refused = "".join(f"<li>{html.escape(line)}</li>" for line in refusals(rounds))
-    name = html.escape(record.path.name)
+    others = [Line(other.path.name, [read_history(other.rounds())]) for other in beside]
+    name, history = record.path.name, read_history(rounds)
     try:
-        picture = accuracy_picture([record, *beside])
+        pictures, missing = run_pictures(name, history, others)
     except ConfigError as error:
-        picture = f"<p>{html.escape(str(error))}</p>"
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title>"
-        f"<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<style>{_STYLE}</style><h1>{name}</h1>{picture}"
-        + "".join(map(as_html, tables(rounds)))
-        + (f"<h2>Refused</h2><ul>{refused}</ul>" if refused else "")
-        + "</html>\n"
-    )
+        pictures, missing = [], [str(error)]
+    page = as_page(name, _facts(rounds), pictures, missing, all_tables(rounds, history))
+    _write(record.page_path, page, f"run: fleet report {record.path}")
+
+
+def write_comparison(folder: Path, title: str, rows: Sequence[Row], grids: Sequence[Grid]) -> None:
+    """Write `report.html`, and its pictures as SVG and PNG, where matplotlib is.
+
+    Args:
+        folder: made if need be.
+        title: of the page.
+        rows: what is compared, each record read once.
+        grids: tables to show below the pictures.
+
+    Raises:
+        ConfigError: if a record is damaged, or the folder cannot be written.
+    """
+    lines = [read_line(row) for row in rows]
     try:
-        record.page_path.write_text(page, encoding="utf-8")
+        pictures, missing = comparison_pictures(lines)
+    except ConfigError as error:
+        pictures, missing = [], [str(error)]
+    write_pictures(folder, pictures)
+    runs, failed = (sum(len(getattr(row, key)) for row in rows) for key in ("runs", "failed"))
+    facts = f"{len(rows)} rows, {runs} runs" + (f", {failed} more failed" if failed else "")
+    tables = [*grids, *([_failed(rows)] if failed else [])]
+    page = as_page(title, facts, pictures, missing, tables)
+    _write(folder / "report.html", page, "write the comparison again")
+
+
+def as_page(
+    title: str,
+    facts: str,
+    pictures: Sequence[Picture],
+    missing: Sequence[str],
+    tables: Sequence[Grid],
+) -> str:
+    """One page that loads nothing from elsewhere.
+
+    Args:
+        facts: a sentence below the title.
+        missing: sentences in place of pictures.
+    """
+    shown = "".join(
+        f'<figure id="{picture.name}"><figcaption><h2>{html.escape(picture.title)}</h2>'
+        f"{_paragraph(picture.caption)}</figcaption>{picture.svg()}</figure>"
+        for picture in pictures
+    )
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        f"<title>{html.escape(title)}</title>"
+        "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        # Should a name ever get through as markup, it loads and runs nothing.
+        "<meta http-equiv=Content-Security-Policy "
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f"<style>{_STYLE}</style></head>\n<body><main><h1>{html.escape(title)}</h1>"
+        + _paragraph(facts)
+        + (f"\n<div class=pictures>{shown}</div>" if shown else "")
+        + "".join(f"\n{_paragraph(sentence)}" for sentence in missing)
+        + "".join(f"\n<section>{as_html(table)}</section>" for table in tables)
+        + "</main></body></html>\n"
+    )
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>" if text else ""
+
+
+def _facts(rounds: Sequence[RoundReport]) -> str:
+    if not rounds:
+        return "No round is on record yet."
+    total = summarise(list(rounds))
+    words = [f"{total['rounds']} rounds"]
+    if total["accuracy"] is not None:
+        words.append(f"accuracy {100 * total['accuracy']:.1f} %")
+    words.append(f"{total['bytes_up'] / MIB:,.1f} MiB up, {total['bytes_down'] / MIB:,.1f} down")
+    if total["peak_client_bytes"]:
+        words.append(f"peak memory of a client {total['peak_client_bytes'] / MIB:,.1f} MiB")
+    words.append(f"{total['refused']} refused")
+    return ", ".join(words) + "."
+
+
+def _failed(rows: Sequence[Row]) -> Grid:
+    cells = [(row.name, str(seed), why) for row in rows for seed, why in sorted(row.failed.items())]
+    return Grid("Failed", ("row", "seed", "reason"), cells, named=True)
+
+
+def _write(path: Path, page: str, then: str) -> None:
+    try:
+        path.write_bytes(page.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(
-            f"cannot write page {record.page_path}: {error.strerror}; "
-            f"make it writable, then run: fleet report {record.path}"
+            f"cannot write page {path}: {error.strerror}; make it writable, then {then}"
         ) from error
 
 
 # Long names and reasons break anywhere, tables scroll: a phone's page is no wider than it.
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
-    "overflow-wrap:anywhere}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}"
-    "td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}"
-    ".named td:first-child,.named th:first-child{text-align:left}"
-    ".wide{overflow-x:auto}svg{max-width:100%;height:auto}"
-)
+_STYLE = """
+:root{color-scheme:light}*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0;
+overflow-wrap:anywhere}
+main{max-width:64rem;margin:0 auto;padding:1rem}
+h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}
+h2{font-size:1.1rem;line-height:1.3;margin:1.5rem 0 .25rem}
+p{margin:.25rem 0 .75rem;max-width:44rem}figcaption p,.wide+p{font-size:.875rem;color:#595959}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+gap:0 2rem;align-items:start}
+figure{margin:0;min-width:0}figure svg{display:block;width:100%;height:auto}
+.wide{overflow:auto;max-height:36rem}
+table{border-collapse:collapse;font-size:.9375rem;font-variant-numeric:tabular-nums;
+overflow-wrap:normal}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th{position:sticky;top:0;background:#fff}
+.words{text-align:left;white-space:normal;min-width:8rem;max-width:32rem;overflow-wrap:anywhere}
+@media print{.wide{max-height:none}}
+"""

@@ -1,39 +1,18 @@
-"""The tables of a run, for a terminal and for a page."""
+"""The tables of a run."""
 
-import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from fleet.records import RoundReport
+from fleet.report.covered import coverage_grid
+from fleet.report.grid import Grid
+from fleet.report.history import History, read_history
 from fleet.report.participation import Group, Part, by_blocks, participation, share
+from fleet.report.refused import refusals_grid
 from fleet.report.rounds import COLUMNS, MIB, round_cells
 from fleet.report.traffic import bytes_by_role
 
 # More clients than that are no longer seen at a glance.
 _MOST_ROWS = 30
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table before it is drawn.
-
-    Attributes:
-        title: what stands above it.
-        columns: their names.
-        rows: a cell for each column.
-        note: what stands below it.
-        named: whether the first column holds names, not figures.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
-    named: bool = False
 
 
 def tables(rounds: Iterable[RoundReport], title: str = "") -> list[Grid]:
@@ -57,40 +36,15 @@ def tables(rounds: Iterable[RoundReport], title: str = "") -> list[Grid]:
     return grids
 
 
-def as_text(grid: Grid) -> Table:
-    """A grid for the terminal."""
-    table = Table(
-        title=Text(grid.title) if grid.title else None,
-        title_justify="left",
-        caption=Text(grid.note) if grid.note else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for number, column in enumerate(grid.columns):
-        if number == 0 and grid.named:  # a name may be long; a figure is not to be broken
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    for row in grid.rows:
-        table.add_row(*map(Text, row))  # Text: a client's name is no markup
-    return table
+def all_tables(rounds: Sequence[RoundReport], history: History | None = None) -> list[Grid]:
+    """The same, who trained what, and who was refused; for a page and for files.
 
-
-def as_html(grid: Grid) -> str:
-    """A grid for a page; one that is wider than the page scrolls by itself."""
-    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in grid.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in grid.rows
-    )
-    kind = " class=named" if grid.named else ""
-    return (
-        (f"<h2>{html.escape(grid.title)}</h2>" if grid.title else "")
-        + f"<div class=wide><table{kind}><tr>{head}</tr>{rows}</table></div>"
-        + (f"<p>{html.escape(grid.note)}</p>" if grid.note else "")
-    )
+    Args:
+        history: of these rounds, where it is there already.
+    """
+    history = history or read_history(rounds)
+    others = coverage_grid(history), refusals_grid(history)
+    return [*tables(rounds, "Rounds"), *(grid for grid in others if grid)]
 
 
 def _rounds(rounds: Sequence[RoundReport], title: str) -> Grid:

@@ -9,7 +9,7 @@ A group that is small gives less protection than the cohort: whatever the rule, 
 client alone with a tensor decides it. The run's quorum sets how many there must be.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from fleet.state import ClientUpdate
 from strategies.aggregation.copies import Copies, blocks, in_order, trainers_of, weighted_sum
 from strategies.aggregation.protocol import Aggregate
 from strategies.aggregation.statistics import Pool, combine_statistics
+
+Squares = Mapping[str, Mapping[str, float]]  # client → tensor → squared norm of its delta
 
 _COLUMNS = 4096  # of float64 values multiplied at a time
 
@@ -38,21 +40,28 @@ class Group:
         """The clients' copies of one of the tensors."""
         return Copies(name, self.trainers)
 
-    def norms(self) -> np.ndarray:
-        """(n,) Euclidean norms of the clients' vectors, in float64."""
-        squares = np.zeros(len(self.trainers))
-        for name in self.names:
-            for i, copy in enumerate(self.copies(name)):
-                flat = copy.reshape(-1).astype(np.float64)
-                squares[i] += flat @ flat
-        return np.sqrt(squares)
+    def norms(self, squares: Squares) -> np.ndarray:
+        """(n,) Euclidean norms of the clients' vectors."""
+        sums = [sum(squares[update.client][n] for n in self.names) for update in self.trainers]
+        return np.sqrt(np.array(sums))
 
     def inner_products(self) -> np.ndarray:
         """(n, n) inner products of the clients' vectors, accumulated in float64."""
         products = np.zeros((len(self.trainers),) * 2)
         for name in self.names:
-            _add_products(products, self.copies(name))
+            for part in _parts(self.copies(name)):
+                products += part @ part.T
         return products
+
+
+def squared_norms(ordered: Sequence[ClientUpdate]) -> Squares:
+    """The squared Euclidean norm of every tensor of every client, in float64."""
+    squares = {update.client: {} for update in ordered}
+    for name, trainers in trainers_of(ordered).items():
+        for update, copy in zip(trainers, Copies(name, trainers), strict=True):
+            flat = copy.reshape(-1).astype(np.float64)
+            squares[update.client][name] = float(flat @ flat)
+    return squares
 
 
 def groups_of(ordered: Sequence[ClientUpdate]) -> list[Group]:
@@ -104,12 +113,14 @@ def squared_distances(products: np.ndarray) -> np.ndarray:
     return np.maximum(distances, 0.0)
 
 
-def _add_products(products: np.ndarray, copies: Copies) -> None:
-    """Add one tensor's part; a function, so that its last block is gone before the next's."""
+def _parts(copies: Copies) -> Iterator[np.ndarray]:
+    """One tensor's copies side by side in float64, (n, at most `_COLUMNS`) at a time.
+
+    A generator, so that a tensor's last block is gone before the next one's is made.
+    """
     for _, block in blocks(copies):
         for start in range(0, block.shape[1], _COLUMNS):
-            part = block[:, start : start + _COLUMNS].astype(np.float64)
-            products += part @ part.T
+            yield block[:, start : start + _COLUMNS].astype(np.float64)
 
 
 def lower_median(values: np.ndarray) -> float:

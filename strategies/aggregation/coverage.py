@@ -31,7 +31,13 @@ def with_quorum(rule: Rule, quorum: int) -> Rule:
         coverage = {name: len(clients) for name, clients in trainers.items()}
         enough = {name for name, count in coverage.items() if count >= quorum}
         result, state = rule.aggregate([_narrow(update, enough) for update in updates], state)
-        return dataclasses.replace(result, coverage=coverage), state
+        coverage |= result.coverage  # without those that the rule left out
+        delta, statistics = (
+            {name: array for name, array in arrays.items() if coverage[name] >= quorum}
+            for arrays in (result.delta, result.statistics)
+        )
+        result = dataclasses.replace(result, delta=delta, statistics=statistics, coverage=coverage)
+        return result, state
 
     return Rule(rule.init, aggregate)
 

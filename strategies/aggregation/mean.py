@@ -1,5 +1,6 @@
 """Means weighted by examples: federated averaging, and the same with clipped norms."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,17 +10,22 @@ from fleet.errors import ConfigError
 from fleet.state import ClientUpdate
 from strategies.aggregation.by_group import (
     Group,
+    Squares,
     clip_factors,
     combine_by_group,
     groups_of,
     lower_median,
+    squared_norms,
 )
 from strategies.aggregation.by_tensor import combine_by_tensor
 from strategies.aggregation.coordinatewise import median_statistics
 from strategies.aggregation.copies import average, counts_of, in_order
 from strategies.aggregation.protocol import Aggregate, Rule, stateless
 
-MOST_MEDIANS = 3.0  # of num_examples, that a client may weigh under `clipped_mean`
+# Under `clipped_mean`:
+MOST_MEDIANS = 3.0  # of num_examples, that a client may weigh
+MOST_NORMS = 5.0  # medians, that a client's update may be long
+FEWEST = 3  # clients, among whom one may be found too long
 
 
 def mean() -> Rule:
@@ -53,6 +59,12 @@ def clipped_mean(bound: float | None = None) -> Rule:
     client moves the model no further than a typical one does; whom it points to is not
     looked at. The statistics are the clients' medians.
 
+    **Who is left out.** Clipped or not, an attacker that sends −10 times what it trained
+    takes back what an honest client brought. But honest updates do not differ that much in
+    length: those above `MOST_NORMS` medians count for nothing this round, and neither do
+    their statistics. Directions would tell less: where clients' data differ, so do honest
+    updates, whose cosines soon lie near 0.
+
     **Whose median, under unequal plans.** A client that trains five blocks has a longer
     delta than one that trains one, and is no more suspicious for it. So norms are only
     compared over tensors that the same clients trained, and each such part of a client's
@@ -60,7 +72,9 @@ def clipped_mean(bound: float | None = None) -> Rule:
     factor, to what a typical trainer of the same tensors would have, would let a client
     hide: being huge in a part that few train, where it sets the median, would buy it room
     in the parts that all share. With equal plans the two are the same. A bound that is
-    given is one on the whole delta, whichever tensors it has.
+    given is one on the whole delta, whichever tensors it has. A client is left out for any
+    of its parts that at least `FEWEST` clients trained: of two that differ, nobody can say
+    which is wrong.
 
     Weights are num_examples, which a client states itself. So none counts for more than
     `MOST_MEDIANS` times the (lower) median of its group's: a client that claims ten
@@ -79,29 +93,49 @@ def clipped_mean(bound: float | None = None) -> Rule:
         raise ConfigError(f"clipped_mean's bound must be above 0 and finite, got {bound}")
 
     def aggregate(updates: Sequence[ClientUpdate]) -> Aggregate:
-        whole = {} if bound is None else _factors_of_whole(updates, bound)
+        ordered = in_order(updates)
+        squares = squared_norms(ordered)
+        whole = {} if bound is None else _factors_of_whole(squares, bound)
 
         def weigh(group: Group) -> np.ndarray:
             counts = np.asarray(counts_of(group.trainers), dtype=np.float64)
             counts = np.minimum(counts, MOST_MEDIANS * lower_median(counts))
             if bound is None:
-                norms = group.norms()
+                norms = group.norms(squares)
                 factors = clip_factors(norms, lower_median(norms))
             else:
                 factors = np.array([whole[update.client] for update in group.trainers])
             return counts * factors / counts.sum()
 
-        return combine_by_group(updates, weigh, median_statistics)
+        left_out = _too_long(groups_of(ordered), squares)
+        remaining = [update for update in ordered if update.client not in left_out]
+        result = combine_by_group(remaining, weigh, median_statistics)
+        return dataclasses.replace(result, left_out=left_out)
 
     return stateless(aggregate)
 
 
-def _factors_of_whole(updates: Sequence[ClientUpdate], bound: float) -> dict[str, float]:
+def _too_long(groups: Sequence[Group], squares: Squares) -> dict[str, str]:
+    """Clients with a part above `MOST_NORMS` median norms → that, in words.
+
+    Never all of them: the client of the median is no longer than it.
+    """
+    found = {}
+    for group in groups:
+        if len(group.trainers) < FEWEST:
+            continue
+        norms = group.norms(squares)
+        typical = lower_median(norms)
+        for update, norm in zip(group.trainers, norms, strict=True):
+            if norm > MOST_NORMS * typical:
+                found[update.client] = (
+                    f"update is {norm:.3g} long, the median of those who train the same tensors "
+                    f"is {typical:.3g}; above {MOST_NORMS:g} times that clipped_mean leaves it out"
+                )
+    return found
+
+
+def _factors_of_whole(squares: Squares, bound: float) -> dict[str, float]:
     """Client → what its whole delta is multiplied by."""
-    ordered = in_order(updates)
-    squares = {update.client: 0.0 for update in ordered}
-    for group in groups_of(ordered):
-        for update, norm in zip(group.trainers, group.norms(), strict=True):
-            squares[update.client] += norm**2
-    factors = clip_factors(np.sqrt(list(squares.values())), bound)
-    return dict(zip(squares, factors, strict=True))
+    norms = np.sqrt([sum(of_client.values()) for of_client in squares.values()])
+    return dict(zip(squares, clip_factors(norms, bound), strict=True))

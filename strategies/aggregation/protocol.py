@@ -1,7 +1,7 @@
 """What a rule is: two pure functions, as a server optimiser is."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.errors import ConfigError
@@ -19,12 +19,15 @@ class Aggregate:
         delta: tensor name → float64 step for the server optimiser; only tensors
             that as many clients trained as the quorum asks for.
         statistics: combined running means and variances, float64, under the same quorum.
-        coverage: tensor name → how many clients trained it, quorum reached or not.
+        coverage: tensor name → how many clients trained it, quorum reached or not; those
+            that are left out do not count.
+        left_out: client → why its update counted for nothing.
     """
 
     delta: Arrays
     statistics: Arrays
     coverage: Mapping[str, int]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Rules by name, as a run's settings spell them."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -12,6 +11,7 @@ from strategies.aggregation.geometric_median import geometric_median
 from strategies.aggregation.mean import clipped_mean, mean
 from strategies.aggregation.protocol import Rule, stateless
 from strategies.aggregation.selection import krum, multi_krum
+from strategies.named import import_named
 
 RULES: Mapping[str, Callable[..., Rule]] = {
     "mean": mean,
@@ -57,7 +57,7 @@ def _named(spec: str, seed: int) -> Rule:
     name, colon, argument = spec.partition(":")
     if name not in RULES:
         if argument.isidentifier():
-            return _imported(spec, name, argument)
+            return _imported(spec)
         raise ConfigError(
             f"unknown rule {spec}; known are {', '.join(RULES)}, and MODULE:NAME for your own"
         )
@@ -83,21 +83,14 @@ def _number(spec: str, text: str) -> int | float:
     raise ConfigError(f"rule {spec}: {text or 'nothing'} is no number; write one behind the colon")
 
 
-def _imported(spec: str, module: str, name: str) -> Rule:
+def _imported(spec: str) -> Rule:
     """A rule of the user's own."""
-    way_out = "write MODULE:NAME, with the module's folder in PYTHONPATH"
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module does as it is imported
-        raise ConfigError(
-            f"cannot import rule {spec} ({type(error).__name__}: {error}); {way_out}, "
-            f"or one of {', '.join(RULES)}"
-        ) from error
+    found = import_named(spec, "rule")
     if isinstance(found, Rule):
         return found
     if callable(found):
         return stateless(found)
     raise ConfigError(
         f"rule {spec} is {type(found).__name__}, neither a Rule nor a function of updates; "
-        f"{way_out}"
+        f"name one of these, or one of {', '.join(RULES)}"
     )

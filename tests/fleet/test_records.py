@@ -161,6 +161,10 @@ def damaged(**changes):
         (damaged(asked="pi"), "asked must be a list, got 'pi'"),
         (damaged(bytes_by_client={"pi": 3}), r"bytes_by_client of pi must be \[up, down\], got 3"),
         (damaged(bytes_by_client={"pi": [3]}), r"must be \[up, down\], got \[3\]"),
+        (
+            damaged(accuracy_by_client={"pi": [3]}),
+            r"accuracy_by_client of pi must be \[images, accuracy\], got \[3\]",
+        ),
         (damaged(clients=["pi"]), "expected an object with name, blocks, .* got 'pi'"),
         (damaged(clients=[{"name": "pi"}]), "missing blocks, num_examples, .*; known: name"),
     ],

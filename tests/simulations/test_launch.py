@@ -1,12 +1,7 @@
 import logging
-import signal
-import subprocess
-import sys
-import time
 import tomllib
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -270,31 +265,6 @@ def test_flower_s_log_is_as_loud_after_a_run_as_before(tmp_path):
     level = logging.getLogger("flwr").level
     simulate(SMALL | {"run-dir": str(tmp_path / "run")})
     assert logging.getLogger("flwr").level == level
-
-
-def test_an_interrupted_run_on_flower_leaves_no_process_behind(tmp_path):
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
-    run_dir = tmp_path / "run"
-    settings = SMALL | {"rounds": 200, "run-dir": str(run_dir)}
-    code = (
-        # Python leaves an interrupt ignored where its parent does, as a shell's background job.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"from simulations import simulate; simulate({settings!r}, engine='flower')"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    family = []
-    try:
-        deadline = time.monotonic() + 200
-        while not (run_dir / "rounds.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.3)
-        family = psutil.Process(run.pid).children(recursive=True)
-        run.send_signal(signal.SIGINT)
-        run.wait(timeout=100)
-    finally:
-        run.kill()
-    assert len(family) > 3
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 HEAD = SMALL | {"method": "head", "clients": 4, "train-examples": 120}

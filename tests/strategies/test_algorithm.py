@@ -14,10 +14,10 @@ from strategies.algorithm import (
     Algorithm,
     algorithm,
     compose,
-    import_named,
     own_algorithm,
     parameters_of,
 )
+from strategies.named import import_named
 from strategies.server_opt import SERVER_OPTIMIZERS, sgd
 from tests import reference
 

@@ -161,6 +161,17 @@ def test_a_rule_remembers_from_round_to_round(run, updates, initial):
     assert_allclose(moved, 1 + 2 + 3, rtol=1e-5)
 
 
+def test_whom_the_rule_leaves_out_is_refused_with_its_reason(run, updates):
+    def aggregate(updates, state):
+        return dataclasses.replace(MEAN.aggregate(updates, {})[0], left_out={"pi-2": "odd"}), state
+
+    strategy, _, _ = run(answers(updates()), rounds=2, rule=Rule(dict, aggregate))
+    for report in strategy.reports[1:]:
+        assert report.refused == {"pi-2": "odd"}
+        assert [client.name for client in report.clients] == ["pi-0", "pi-1", "pi-3"]
+        assert report.stepped
+
+
 def test_what_nobody_trained_stays_bit_for_bit(run, updates, initial, toy_plan):
     strategy, _, _ = run(answers(updates(blocks={"pi-0": 1, "pi-1": 2})), optimizer=adam())
     for spec in toy_plan.specs:
@@ -384,6 +395,13 @@ def test_clients_evaluation_is_their_mean_by_examples(run, updates):
     assert before.accuracy is before.loss is None
     assert after.loss == pytest.approx((4 + 6 + 6 + 0) / 20)
     assert after.accuracy == pytest.approx((0 + 3 + 3 + 10) / 20)
+    assert before.accuracy_by_client == {}
+    assert after.accuracy_by_client == {
+        "pi-0": (1, 0.0),
+        "pi-1": (3, 1.0),
+        "pi-2": (6, 0.5),
+        "pi-3": (10, 1.0),
+    }
     assert after.bytes_down == sum(content_bytes(message.content) for message in sent)
     assert after.bytes_up == sum(map(content_bytes, received))
 
@@ -407,6 +425,7 @@ def test_a_hostile_evaluation_is_refused_by_name(run, updates, hostile):
     assert report.refused.keys() == {"pi-1"}
     assert report.refused["pi-1"].startswith("evaluation: ")
     assert (report.loss, report.accuracy) == (1.0, 0.5)
+    assert report.accuracy_by_client.keys() == BLOCKS.keys() - {"pi-1"}
 
 
 def test_no_evaluation_at_all_leaves_the_round_without_one(run, updates):

@@ -196,8 +196,13 @@ def test_clients_evaluate_when_asked_to(launch):
     before, after = record.rounds()
     assert before.accuracy is None
     assert 0 <= after.accuracy <= 1
+    total = sum(images for images, _ in after.accuracy_by_client.values())
+    right = sum(images * accuracy for images, accuracy in after.accuracy_by_client.values())
+    assert len(after.accuracy_by_client) == len(after.clients)
+    assert after.accuracy == pytest.approx(right / total)
     by_server = launch(method="head", rounds=1)
     assert after.bytes_down > list(by_server.rounds())[1].bytes_down
+    assert all(not report.accuracy_by_client for report in by_server.rounds())
     assert same(record, by_server)
 
 

@@ -272,6 +272,7 @@ def test_a_damaged_tensor_is_named_as_it_is_asked_for(codec):
 
 def test_only_the_tensors_asked_for_are_shown():
     tensors = EncodedArrays(encode(ARRAYS, PLAN, "int8"), PLAN, ["head.bias", "head.weight"])
+    assert "head.bias" in tensors and PLAN.specs[0].name not in tensors
     assert list(tensors) == ["head.bias", "head.weight"]
     assert len(tensors) == 2
     assert "blocks.0.conv.weight" not in tensors
@@ -342,3 +343,9 @@ def test_damaged_bytes_raise_nothing_else(codec, data):
         spec.name: spec.shape for spec in PLAN.specs
     }
     assert {array.dtype for array in decoded.values()} == {np.dtype(np.float32)}
+
+
+def test_whether_a_tensor_is_there_is_known_without_decoding_it(monkeypatch):
+    tensors = EncodedArrays(encode(ARRAYS, PLAN, "int8"), PLAN)
+    monkeypatch.setattr(EncodedArrays, "__getitem__", None)
+    assert PLAN.specs[0].name in tensors and "no such tensor" not in tensors

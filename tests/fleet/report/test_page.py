@@ -25,8 +25,17 @@ def test_the_page_shows_who_took_part_what_was_sent_and_what_was_abandoned(recor
     write_page(record)
     page = record.page_path.read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
-    assert titles == ["Who took part", "Shares by k", "Bytes by what they are", "Refused"]
-    assert "<tr><td>pi-03</td><td>–</td><td>2</td><td>0</td>" in page
+    assert titles == [
+        "Accuracy by round",
+        "Accuracy by bytes",
+        "Refused, by client and round",
+        "Rounds",
+        "Who took part",
+        "Shares by k",
+        "Bytes by what they are",
+        "Refused",
+    ]
+    assert "<tr><td class=words>pi-03</td><td>–</td><td>2</td><td>0</td>" in page
     assert "<td>3*</td>" in page and "<p>* abandoned: " in page
 
 

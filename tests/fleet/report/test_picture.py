@@ -8,8 +8,8 @@ def test_the_picture_names_every_run(record, rounds, tmp_path):
     for report in rounds:
         other.add_round(report)
     picture = accuracy_picture([record, other])
-    assert picture.count('<g id="axes_') == 2
-    assert "<!-- run -->" in picture and "<!-- other -->" in picture
+    assert picture.count('<g id="accuracy-axes_') == 2
+    assert ">run</text>" in picture and ">other</text>" in picture
 
 
 def test_a_seventh_run_is_drawn_too(record):

@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fleet.errors import ConfigError
-from strategies.aggregation import weighted_mean
+from strategies.aggregation import rule, weighted_mean
 from strategies.aggregation.mean import clipped_mean, mean
 from tests import reference
 
@@ -99,8 +99,8 @@ def test_a_client_that_claims_ten_million_images_weighs_three_typical_ones(
     flipped = {name: -10 * array for name, array in honest.delta.items()}
     liar = dataclasses.replace(honest, client="pi-9", delta=flipped, num_examples=10_000_000)
     direction = reference.vector(honest, sorted(honest.delta))
-    for rule, sign in ((clipped_mean(bound), 1), (mean(), -1)):
-        delta = once(rule, [*updates, liar]).delta
+    for own, sign in ((clipped_mean(bound), 1), (mean(), -1)):
+        delta = once(own, [*updates, liar]).delta
         ours = np.concatenate([delta[name].ravel() for name in sorted(honest.delta)])
         cosine = ours @ direction / np.linalg.norm(ours) / np.linalg.norm(direction)
         assert cosine == pytest.approx(sign, abs=1e-6)
@@ -133,3 +133,69 @@ def test_clients_that_did_not_move_divide_by_no_zero(unequal, poisoned):
     with np.errstate(all="raise"):
         result = once(clipped_mean(), updates)
     assert all(not array.any() for array in result.delta.values())
+
+
+def scaled(update, factor):
+    return dataclasses.replace(update, delta={n: factor * a for n, a in update.delta.items()})
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_who_is_six_times_as_long_as_the_median_counts_for_nothing(
+    toy_plan, random_update, poisoned, bound
+):
+    rng = np.random.default_rng(0)
+    updates = [random_update(f"pi-{i}", toy_plan, rng, num_examples=10) for i in range(10)]
+    flipped = [poisoned(scaled(u, -10), statistics=1e6) for u in updates[:4]]
+    result = once(clipped_mean(bound), [*flipped, *updates[4:]])
+    without = once(clipped_mean(bound), updates[4:])
+    assert result.left_out.keys() == {"pi-0", "pi-1", "pi-2", "pi-3"}
+    assert set(result.coverage.values()) == {6}
+    for ours, theirs in (
+        (result.delta, without.delta),
+        (result.statistics, without.statistics),
+    ):
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_the_reason_names_both_lengths(toy_plan, random_update):
+    one = random_update("pi-0", toy_plan, np.random.default_rng(0))
+    length = reference.norm(reference.vector(one, one.delta))
+    updates = [dataclasses.replace(one, client=f"pi-{i}") for i in range(4)]
+    updates.append(dataclasses.replace(scaled(one, 8.0), client="pi-4"))
+    assert once(clipped_mean(), updates).left_out == {
+        "pi-4": f"update is {8 * length:.3g} long, the median of those who train the same tensors "
+        f"is {length:.3g}; above 5 times that clipped_mean leaves it out"
+    }
+
+
+@pytest.mark.parametrize("factor", [0.01, 4.9])
+def test_who_is_shorter_or_less_than_five_medians_long_counts(toy_plan, random_update, factor):
+    one = random_update("pi-0", toy_plan, np.random.default_rng(0))
+    updates = [dataclasses.replace(one, client=f"pi-{i}") for i in range(5)]
+    updates[4] = scaled(updates[4], factor)
+    assert once(clipped_mean(), updates).left_out == {}
+
+
+def test_of_two_who_differ_neither_is_left_out(toy_plan, random_update):
+    rng = np.random.default_rng(0)
+    updates = [random_update(f"pi-{i}", toy_plan, rng) for i in range(2)]
+    assert once(clipped_mean(), [updates[0], scaled(updates[1], 100.0)]).left_out == {}
+
+
+def test_under_unequal_plans_lengths_compare_over_the_tensors_that_the_same_clients_train(unequal):
+    updates = unequal(np.random.default_rng(0), blocks=(1, 1, 1, 5, 5, 5))
+    name = "blocks.0.conv.weight"  # trained by the last three
+    longer = {name: updates[5].delta[name] * 100}
+    updates[5] = dataclasses.replace(updates[5], delta=dict(updates[5].delta) | longer)
+    result = once(clipped_mean(), updates)
+    assert result.left_out.keys() == {"pi-5"}
+    assert result.coverage[name] == 2 and result.coverage["head.weight"] == 5
+
+
+def test_a_tensor_below_its_quorum_without_those_left_out_stays(toy_plan, random_update):
+    rng = np.random.default_rng(0)
+    updates = [random_update(f"pi-{i}", toy_plan, rng) for i in range(3)]
+    own = rule("clipped_mean", quorum=3)
+    result = once(own, [*updates[:2], scaled(updates[2], 100.0)])
+    assert result.delta == {} and result.statistics == {}
+    assert set(result.coverage.values()) == {2}

@@ -1,0 +1,100 @@
+"""Ctrl-C and SIGTERM end a run with its record written; once more, and it ends at once."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import psutil
+
+from fleet.records import RunRecord
+from fleet.signals import ENDING
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopping(record: RunRecord, again: str) -> Iterator[None]:
+    """End a stopped command with the shell's code for its signal, and say what is left of the run.
+
+    Args:
+        record: of the run that goes on inside.
+        again: options that the run's config.toml does not hold, for the command that
+            repeats it.
+    """
+    with _signals_stop():
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            click.echo(_what_is_left(record, again), err=True)
+            number = getattr(stopped, "number", signal.SIGINT)
+            raise click.exceptions.Exit(128 + number) from None
+
+
+def _what_is_left(record: RunRecord, again: str) -> str:
+    if not record.config_path.is_file():
+        return f"stopped; nothing was written to {record.path} yet"
+    rounds = list(record.rounds())
+    run = shlex.quote(str(record.path))
+    if not rounds:
+        what = f"stopped before the first round; settings are in {record.path}"
+    else:
+        what = (
+            f"stopped after round {rounds[-1].server_round}; its model and all rounds until then "
+            f"are in {record.path}\nlook at them:  fleet report {run}"
+        )
+    repeat = f"fleet simulate {shlex.quote(str(record.config_path))}{again}"
+    return f"{what}\nbegin it anew: {repeat}"
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Raise `Stopped` at the first signal; end this process and all its children at the next."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    children: list[psutil.Process] = []
+
+    def stop(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, end_at_once)
+        # Now: what is ended first leaves its own children to nobody.
+        children.extend(_children())
+        raise Stopped(number)
+
+    def end_at_once(number: int, frame: Any) -> None:
+        for child in {*children, *_children()}:
+            with contextlib.suppress(psutil.Error):  # kills no stranger with the same number
+                child.kill()
+        if sys.__stderr__ is not None and sys.__stderr__.isatty():
+            os.write(2, b"\x1b[?25h\n")  # progress had hidden the cursor
+        os._exit(128 + number)
+
+    # What is ignored stays so: a shell's background job does not hear the terminal's Ctrl-C.
+    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {n: handler for n, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children() -> list[psutil.Process]:
+    try:
+        return psutil.Process().children(recursive=True)
+    except psutil.Error:
+        return []
