@@ -252,6 +252,37 @@ class RunRecord:
                     f"remove the line, or repeat the run"
                 ) from error
 
+    def rounds_from(self, start: int) -> tuple[list[RoundReport], int]:
+        """Rounds whose lines begin at a byte or after it, and the byte where the next will.
+
+        Args:
+            start: 0, or what an earlier call returned.
+
+        Raises:
+            ConfigError: if a line is not a round.
+        """
+        try:
+            with self.rounds_path.open("rb") as file:
+                file.seek(start)
+                *lines, _ = file.read().split(b"\n")  # the last is still being written
+        except FileNotFoundError:
+            return [], start
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {self.rounds_path}: {_reason(error)}; make it readable for this user"
+            ) from error
+        reports = []
+        for line in lines:
+            try:
+                reports.append(_parse_round(line))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.rounds_path}, the line at byte {start}, is not a round: {error}; "
+                    f"remove the line, or repeat the run"
+                ) from error
+            start += len(line) + 1
+        return reports, start
+
     def save_model(self, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, str]) -> None:
         """Write `model.safetensors`; whoever reads it finds the last model or this one, whole.
 

@@ -211,14 +211,9 @@ class _RoundWatch:
     def __init__(self, record: RunRecord, on_round: Callable[[RoundReport], None]) -> None:
         self._record = record
         self._on_round = on_round
-        self._seen = 0
-        self._size = 0
+        self._read = 0  # bytes: what is reported is not read again, however long the run
 
     def poll(self) -> None:
-        path = self._record.rounds_path
-        if not path.is_file() or path.stat().st_size == self._size:
-            return
-        self._size = path.stat().st_size
-        for report in list(self._record.rounds())[self._seen :]:
-            self._seen += 1
+        reports, self._read = self._record.rounds_from(self._read)
+        for report in reports:
             self._on_round(report)

@@ -139,6 +139,30 @@ def test_a_line_that_is_still_being_written_is_left_out(record):
     assert [one.server_round for one in record.rounds()] == [1]
 
 
+def test_rounds_are_read_on_from_where_reading_stopped(record):
+    assert record.rounds_from(0) == ([], 0)
+    seen, at = [], 0
+    for n in range(1, 5):
+        record.add_round(report(n))
+        whole = record.rounds_path.read_bytes()
+        record.rounds_path.write_bytes(whole + b'{"server_round": 9, "accu')
+        reports, at = record.rounds_from(at)
+        assert len(reports) == 1 and at == len(whole)
+        assert record.rounds_from(at) == ([], at)
+        seen += reports
+        record.rounds_path.write_bytes(whole)
+    assert seen == list(record.rounds())
+
+
+def test_a_garbled_line_that_was_read_on_to_is_named_by_its_place(record):
+    record.add_round(report(1))
+    _, at = record.rounds_from(0)
+    with record.rounds_path.open("ab") as file:
+        file.write(b"[]\n")
+    with pytest.raises(ConfigError, match=f"the line at byte {at}, is not a round: .*remove the"):
+        record.rounds_from(at)
+
+
 def damaged(**changes):
     """A round's line with keys changed; `...` removes one."""
     values = {**vars(report(2)), "clients": []} | changes
