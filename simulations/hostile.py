@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MessageType
 
-from clients import local_update
+from clients import head_start, local_update
 from fleet.backbones import backbone_of
 from fleet.codec import Payload, decode, encode
 from fleet.config import ModelConfig, RunConfig
@@ -59,12 +59,13 @@ def forging(attack: Attack, hostile: frozenset[int], config: RunConfig) -> Inter
 def flipping_labels(client_app: ClientFunction, hostile: frozenset[int]) -> ClientFunction:
     """A ClientApp whose hostile clients train on the labels C − 1 − y.
 
-    Their validation images keep theirs.
+    So are the labels of their moments, from which the first head is solved. Their
+    validation images keep theirs.
     """
 
     def answer(message: Message, context: Context) -> Message:
-        trains = message.metadata.message_type == MessageType.TRAIN
-        if not trains or context.node_config["partition-id"] not in hostile:
+        evaluates = message.metadata.message_type == MessageType.EVALUATE
+        if evaluates or context.node_config["partition-id"] not in hostile:
             return client_app(message, context)
         with _flipped_labels():
             return client_app(message, context)
@@ -81,11 +82,14 @@ def _flipped_labels() -> Iterator[None]:
         images = honest(images, classes)
         return replace(images, labels=len(classes) - 1 - images.labels)
 
-    local_update.relabel = relabel
+    users = (local_update, head_start)
+    for module in users:
+        module.relabel = relabel
     try:
         yield
     finally:
-        local_update.relabel = honest
+        for module in users:
+            module.relabel = honest
 
 
 def _update(reply: Message, widest: UpdatePlan) -> tuple[Payload, UpdatePlan, Arrays] | None:

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.testing import assert_allclose, assert_array_equal
 
-from clients import local_update
+from clients import head_start, local_update
 from clients.client_app import app as real_app
 from clients.local_data import local_data
 from fleet.backbones import load_backbone
@@ -16,7 +16,7 @@ from fleet.codec import Versions, encode
 from fleet.codec.names import BASES
 from fleet.config import default_settings, read_config
 from fleet.errors import PlanError, UpdateError
-from fleet.message import Task, content_bytes, write_state, write_task, write_update
+from fleet.message import Task, content_bytes, write_exponent, write_state, write_task, write_update
 from fleet.plan import make_plan
 from fleet.state import capture
 from simulations.attacks import read_attack
@@ -207,6 +207,27 @@ def test_labels_are_flipped_for_the_training_of_hostile_clients_alone(monkeypatc
         assert_array_equal(images.labels, 9 - own.labels if flipped else own.labels)
     assert len(seen) == 4
     assert local_update.relabel.__module__ == "clients.local_data"
+
+
+def test_moments_of_hostile_clients_are_those_of_flipped_labels(monkeypatch):
+    seen = []
+    honest = head_start.moments_of
+
+    def watch(model, images, *arguments):
+        seen.append(images)
+        return honest(model, images, *arguments)
+
+    monkeypatch.setattr(head_start, "moments_of", watch)
+    content = RecordDict({**server()[1], **write_exponent(-20)})
+    app = flipping_labels(real_app, HOSTILE)
+    for reply in replies(app, clients=4, kind="query.moments", content=content):
+        assert reply.has_content(), reply.error
+    for client, images in enumerate(seen):
+        node = {"partition-id": client, "num-partitions": 4}
+        own = local_data(node, CONFIG.data, CONFIG.seed)[0].labels
+        assert_array_equal(images.labels, 9 - own if client in HOSTILE else own)
+    assert len(seen) == 4
+    assert head_start.relabel.__module__ == "clients.local_data"
 
 
 def test_labels_are_right_again_after_a_client_that_failed():

@@ -1,0 +1,58 @@
+import os
+import zlib
+from collections import Counter
+
+import pytest
+
+from fleet.mobiletl import TransferModel
+from simulations.launch import simulate
+
+
+@pytest.fixture
+def frozen_runs(tmp_path, monkeypatch):
+    """How often a frozen part ran on each image, in this process and in its forks."""
+    seen = tmp_path / "seen"
+    file = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    honest = TransferModel.features
+
+    def features(model, images):
+        for image in images:
+            if image.any():  # else it probes for shapes
+                # Of one length, and appended in one call: processes do not mix theirs.
+                os.write(file, b"%08x" % zlib.crc32(image.contiguous().numpy().tobytes()))
+        return honest(model, images)
+
+    monkeypatch.setattr(TransferModel, "features", features)
+
+    def runs():
+        ids = seen.read_bytes()
+        return Counter(ids[i : i + 8] for i in range(0, len(ids), 8))
+
+    yield runs
+    os.close(file)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_frozen_part_sees_each_image_of_the_fleet_once(frozen_runs, tmp_path, workers):
+    simulate(
+        {
+            "clients": 6,
+            "sampled": 0,
+            "rounds": 3,
+            "backbone": "mobilenet_v3_small",
+            "weights": "none",
+            "image-size": 32,
+            "train-examples": 90,
+            "test-examples": 40,
+            "partition": "iid",
+            "blocks": "1,2",  # unequal plans, which are cut at one place
+            "local-epochs": 2,
+            "head-start": True,
+            "cache-dir": str(tmp_path / "cache"),
+            "run-dir": str(tmp_path / "run"),
+        },
+        workers=workers,
+    )
+    runs = frozen_runs()
+    assert len(runs) > 100
+    assert set(runs.values()) == {1}
