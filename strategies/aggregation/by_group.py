@@ -45,6 +45,14 @@ class Group:
         sums = [sum(squares[update.client][n] for n in self.names) for update in self.trainers]
         return np.sqrt(np.array(sums))
 
+    def products_with(self, weights: np.ndarray) -> np.ndarray:
+        """(n,) inner products of the clients' vectors with Σ w·x, accumulated in float64."""
+        products = np.zeros(len(self.trainers))
+        for name in self.names:
+            for part in _parts(self.copies(name)):
+                products += part @ (weights @ part)
+        return products
+
     def inner_products(self) -> np.ndarray:
         """(n, n) inner products of the clients' vectors, accumulated in float64."""
         products = np.zeros((len(self.trainers),) * 2)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from strategies.aggregation.protocol import Aggregate, Rule, stateless
 # Under `clipped_mean`:
 MOST_MEDIANS = 3.0  # of num_examples, that a client may weigh
 MOST_NORMS = 5.0  # medians, that a client's update may be long
-FEWEST = 3  # clients, among whom one may be found too long
+LEAST_COSINE = -0.5  # of a client's update with the sum of the others'
+FEWEST = 3  # clients, among whom one may be left out
 
 
 def mean() -> Rule:
@@ -62,8 +63,11 @@ def clipped_mean(bound: float | None = None) -> Rule:
     **Who is left out.** Clipped or not, an attacker that sends −10 times what it trained
     takes back what an honest client brought. But honest updates do not differ that much in
     length: those above `MOST_NORMS` medians count for nothing this round, and neither do
-    their statistics. Directions would tell less: where clients' data differ, so do honest
-    updates, whose cosines soon lie near 0.
+    their statistics. Of the others, those go that point against what all the rest amount
+    to, with a cosine below `LEAST_COSINE`: as inner product manipulation does, which is
+    short. The bound is far from 0 because honest updates soon are at right angles to each
+    other where clients' data differ; to leave out all below 0 cost 1.7 points of accuracy
+    where nobody was hostile, this costs none. Wrong labels are told by neither.
 
     **Whose median, under unequal plans.** A client that trains five blocks has a longer
     delta than one that trains one, and is no more suspicious for it. So norms are only
@@ -109,6 +113,8 @@ def clipped_mean(bound: float | None = None) -> Rule:
 
         left_out = _too_long(groups_of(ordered), squares)
         remaining = [update for update in ordered if update.client not in left_out]
+        left_out |= _opposed(remaining, squares, weigh)
+        remaining = [update for update in ordered if update.client not in left_out]
         result = combine_by_group(remaining, weigh, median_statistics)
         return dataclasses.replace(result, left_out=left_out)
 
@@ -133,6 +139,38 @@ def _too_long(groups: Sequence[Group], squares: Squares) -> dict[str, str]:
                     f"is {typical:.3g}; above {MOST_NORMS:g} times that clipped_mean leaves it out"
                 )
     return found
+
+
+def _opposed(
+    updates: Sequence[ClientUpdate], squares: Squares, weigh: Callable[[Group], np.ndarray]
+) -> dict[str, str]:
+    """Clients whose cosine with the weighted sum of all others is too low → that, in words.
+
+    The sum of the others, not of all: in a small cohort a client's own part would vouch for
+    it. Under unequal plans it is over the tensors that the client trains. Where all oppose
+    each other, nobody is found.
+    """
+    if len(updates) < FEWEST:
+        return {}
+    products, lengths, others = (dict.fromkeys(squares, 0.0) for _ in range(3))
+    for group in groups_of(updates):
+        weights, own = weigh(group), group.norms(squares) ** 2
+        with_all = group.products_with(weights)
+        total = weights @ with_all
+        for i, client in enumerate(update.client for update in group.trainers):
+            products[client] += with_all[i] - weights[i] * own[i]
+            lengths[client] += own[i]
+            others[client] += total - 2 * weights[i] * with_all[i] + weights[i] ** 2 * own[i]
+    found = {}
+    for client in (update.client for update in updates):
+        scale = math.sqrt(lengths[client] * max(others[client], 0.0))
+        cosine = products[client] / scale if scale else 0.0
+        if cosine < LEAST_COSINE:
+            found[client] = (
+                f"update has a cosine of {cosine:.2f} with what the others amount to; "
+                f"below {LEAST_COSINE:g} clipped_mean leaves it out"
+            )
+    return found if len(found) < len(updates) else {}
 
 
 def _factors_of_whole(squares: Squares, bound: float) -> dict[str, float]:

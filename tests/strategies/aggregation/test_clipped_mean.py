@@ -40,7 +40,8 @@ def clipped(updates, names, bounds):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_part_is_clipped_to_the_median_of_who_trained_it(unequal, seed):
+def test_every_part_is_clipped_to_the_median_of_who_trained_it(unequal, seed, monkeypatch):
+    monkeypatch.setattr("strategies.aggregation.mean.LEAST_COSINE", -2.0)  # nobody is left out
     rng = np.random.default_rng(seed)
     updates = unequal(rng, blocks=(1, 3, 5, 1, 0, 3, 5, 5, 3))
     ours = once(clipped_mean(), updates).delta
@@ -199,3 +200,56 @@ def test_a_tensor_below_its_quorum_without_those_left_out_stays(toy_plan, random
     result = once(own, [*updates[:2], scaled(updates[2], 100.0)])
     assert result.delta == {} and result.statistics == {}
     assert set(result.coverage.values()) == {2}
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_who_sends_the_opposite_of_what_the_others_trained_counts_for_nothing(
+    toy_plan, random_update, seed, epsilon
+):
+    """Inner product manipulation: the honest mean, turned round and shortened."""
+    rng = np.random.default_rng(seed)
+    honest = [random_update(f"pi-{i}", toy_plan, rng, num_examples=10) for i in range(8)]
+    mean_of = {n: np.mean([u.delta[n] for u in honest], axis=0) for n in honest[0].delta}
+    hostile = [
+        scaled(dataclasses.replace(honest[0], client=f"pi-{i}", delta=mean_of), -epsilon)
+        for i in (8, 9)
+    ]
+    result = once(clipped_mean(), [*honest, *hostile])
+    assert {"pi-8", "pi-9"} <= result.left_out.keys()
+    assert "update has a cosine of -" in result.left_out["pi-9"]
+    assert (
+        "with what the others amount to; below -0.5 clipped_mean leaves it out"
+        in (result.left_out["pi-9"])
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_cosine_is_with_the_weighted_sum_of_the_others_over_shared_tensors(unequal, seed):
+    rng = np.random.default_rng(seed)
+    updates = unequal(rng, blocks=(1, 3, 5, 1, 3, 5))
+    turned = scaled(updates[2], -0.9)
+    updates[2] = dataclasses.replace(updates[2], delta=updates[5].delta)
+    updates[5] = dataclasses.replace(turned, client="pi-5", delta=scaled(updates[5], -0.9).delta)
+    most = 3 * lower_median([u.num_examples for u in updates])
+    counts = {u.client: min(u.num_examples, most) for u in updates}
+    products, own, others = (dict.fromkeys(counts, 0.0) for _ in range(3))
+    for clients, names in reference.groups(updates).items():
+        trainers = [u for u in updates if u.client in clients]
+        vectors = {u.client: np.array(reference.vector(u, names)) for u in trainers}
+        lengths = {c: np.linalg.norm(v) for c, v in vectors.items()}
+        bound = lower_median(list(lengths.values()))
+        capped = 3 * lower_median([u.num_examples for u in trainers])
+        weights = {
+            u.client: min(u.num_examples, capped) * min(1, bound / lengths[u.client])
+            for u in trainers
+        }
+        total = sum(min(u.num_examples, capped) for u in trainers)
+        for c, v in vectors.items():
+            rest = sum(weights[o] / total * vectors[o] for o in vectors if o != c)
+            rest = np.zeros_like(v) if isinstance(rest, int) else rest
+            products[c] += v @ rest
+            own[c] += v @ v
+            others[c] += rest @ rest
+    expected = {c for c in counts if products[c] < -0.5 * np.sqrt(own[c] * others[c]) and others[c]}
+    assert once(clipped_mean(), updates).left_out.keys() == expected
