@@ -5,10 +5,14 @@ from simulations import frame, simulate
 record = simulate({"rounds": 5, "blocks": "1,3,5", "run-dir": "runs/first"})
 print(record.summary()["accuracy"])
 frame(record).plot(y="accuracy")
+
+comparison = compare("simulations/recipes/codecs.toml", "runs/codecs")
+comparison.frame()
 """
 
 from fleet.report.frame import frame
 from simulations.callbacks import Callback
+from simulations.compare import compare
 from simulations.launch import simulate
 
-__all__ = ["Callback", "frame", "simulate"]
+__all__ = ["Callback", "compare", "frame", "simulate"]

@@ -76,7 +76,7 @@ def command(
     # Named here, so that an interrupted run can say where it is.
     record = RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
-    _find_modules_here()
+    find_modules_here()
     with stopping(record, again="" if engine == "local" else f" --engine {engine}"):
         from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
@@ -100,7 +100,7 @@ def command(
         show_run(record)
 
 
-def _find_modules_here() -> None:
+def find_modules_here() -> None:
     """A strategy or rule of the user's own may lie in the working directory.
 
     A console script does not look there. It comes last: what is installed is not hidden.

@@ -74,13 +74,13 @@ def test_settings_of_unequal_plans_are_refused_before_anybody_trains(tmp_path, s
 
 
 def test_what_is_installed_comes_before_the_working_directory(tmp_path, monkeypatch):
-    from fleet.cli.simulate import _find_modules_here
+    from fleet.cli.simulate import find_modules_here
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     before = list(sys.path)
-    _find_modules_here()
-    _find_modules_here()
+    find_modules_here()
+    find_modules_here()
     assert sys.path == [*before, str(tmp_path)]
 
 

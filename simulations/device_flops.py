@@ -1,0 +1,124 @@
+"""Operations that training took on a device, from what it trained and a step's own count."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from clients.local_data import local_data
+from fleet.backbones import Backbone, backbone_of
+from fleet.config import ModelConfig, RunConfig
+from fleet.measure import dry_run, weightless
+from fleet.mobiletl import TransferModel, first_trained_step
+from fleet.plan import UpdatePlan, make_plan
+from fleet.planner import MIN_BATCH_SIZE, afford, batch_sizes_between
+from fleet.records import ClientReport, RoundReport
+
+
+def device_flops(config: RunConfig, rounds: Sequence[RoundReport]) -> float:
+    """FLOPs of one client's training over a run, mean over the clients whose updates counted.
+
+    A step's own code runs on tensors without storage and is counted
+    (`fleet.measure.count_flops`); with the images a round and the rounds that is
+    the training of a client by itself: with a cache the frozen part runs once
+    for each image and view that it may meet, as on a device, though clients in
+    a simulation may find what others left. Neither evaluation nor a head start
+    is in it, nor work whose update did not count.
+    """
+    spent: dict[str, float] = defaultdict(float)
+    passes: dict[str, int] = defaultdict(int)
+    for report in rounds:
+        for client in report.clients:
+            step = _per_image(config, client)
+            before = passes[client.name]
+            passes[client.name] += config.local.epochs
+            seen = passes[client.name] - before
+            if step.cached:
+                views = config.features.views
+                seen = min(views, passes[client.name]) - min(views, before)
+            trained = config.local.epochs * step.trained
+            spent[client.name] += client.num_examples * (trained + seen * step.prefix)
+    return sum(spent.values()) / len(spent) if spent else 0.0
+
+
+class _Step:
+    """FLOPs an image: of the frozen part, of the rest with backward; is the first's kept?"""
+
+    def __init__(self, prefix: float, trained: float, cached: bool) -> None:
+        self.prefix, self.trained, self.cached = prefix, trained, cached
+
+
+def _per_image(config: RunConfig, client: ClientReport) -> _Step:
+    budget = client.metrics.get("budget-bytes")
+    budget = None if budget is None else round(budget)
+    return _count(config, client.blocks, budget)
+
+
+@lru_cache(maxsize=256)
+def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
+    backbone = _backbone(config)
+    plan, local = config.plan, config.local
+    widest = make_plan(
+        backbone,
+        method=plan.method,
+        blocks=max(plan.choices),
+        train_tail=plan.train_tail,
+        local_norms=plan.local_norms,
+    )
+    own = widest if plan.method in ("head", "full") else widest.narrow(blocks)
+    cut = first_trained_step(backbone.steps, widest)
+    proximal = config.federation.objective != "plain"
+    stash, batch_size = _way(config, backbone, own, budget_bytes, cut, proximal)
+    cost = dry_run(
+        backbone,
+        own,
+        stash,
+        batch_size=batch_size,
+        momentum=local.momentum,
+        momentum_dtype=getattr(torch, local.momentum_dtype),
+        proximal=proximal,
+        cut=cut,
+    )
+    freezes = TransferModel(weightless(backbone), own, stash, cut).freezes_blocks
+    return _Step(
+        prefix=cost.flops_prefix / batch_size,
+        trained=(cost.flops_forward + cost.flops_backward) / batch_size,
+        cached=freezes and config.features.cache != "off",
+    )
+
+
+def _way(
+    config: RunConfig,
+    backbone: Backbone,
+    plan: UpdatePlan,
+    budget_bytes: int | None,
+    cut: int,
+    proximal: bool,
+) -> tuple[str, int]:
+    """Stash and batch size, which a client within a budget left to the planner."""
+    local = config.local
+    if budget_bytes is None:
+        return local.stash, local.batch_size
+    found = afford(
+        backbone,
+        plan,
+        budget_bytes,
+        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
+        momentum=local.momentum,
+        momentum_dtype=getattr(torch, local.momentum_dtype),
+        proximal=proximal,
+        cut=cut,
+    )
+    return found.stash, found.batch_size
+
+
+def _backbone(config: RunConfig) -> Backbone:
+    node = {"partition-id": 0, "num-partitions": config.federation.clients}
+    training, _ = local_data(node, config.data, config.seed)
+    return _load(config.model, training.classes)
+
+
+@lru_cache(maxsize=2)
+def _load(model: ModelConfig, classes: tuple[str, ...]) -> Backbone:
+    return backbone_of(model, classes, seed=0)

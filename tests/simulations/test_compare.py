@@ -1,0 +1,253 @@
+"""Comparisons that really run: what is there is kept, what is damaged or failed is told."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from fleet.cli import main
+from fleet.errors import ConfigError
+from fleet.records import RunRecord
+from simulations import compare
+from simulations.cells import SHOWS, Cell, deciding_files, key_of
+from simulations.compare import load_recipe
+
+SMALL = {
+    "method": "head",
+    "clients": 2,
+    "rounds": 2,
+    "train-examples": 60,
+    "test-examples": 40,
+    "image-size": 32,
+}
+RECIPE = {
+    "title": "Two codecs",
+    "seeds": 2,
+    "settings": SMALL,
+    "vary": {"codec": ["float32", "int8"]},
+}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A comparison of two rows and two seeds, and the cells that it told of."""
+    told = []
+    folder = tmp_path_factory.mktemp("comparison") / "out"
+    return compare(RECIPE, folder, on_cell=lambda *facts: told.append(facts)), told
+
+
+@pytest.fixture
+def copy(first, tmp_path):
+    """The same in a folder that a test may change."""
+    return shutil.copytree(first[0].folder, tmp_path / "out")
+
+
+def again(folder, recipe=RECIPE, **more):
+    ran, notes = [], []
+    comparison = compare(
+        recipe, folder, on_cell=lambda *facts: ran.append(facts), on_note=notes.append, **more
+    )
+    return comparison, ran, notes
+
+
+def test_every_cell_is_run_once_and_told(first):
+    comparison, told = first
+    assert [(seed, done, total, why) for _, seed, done, total, why in told] == [
+        (0, 1, 4, ""),
+        (1, 2, 4, ""),
+        (0, 3, 4, ""),
+        (1, 4, 4, ""),
+    ]
+    assert [row.variant.name for row in comparison.rows] == ["codec=float32", "codec=int8"]
+    assert comparison.failed == 0
+
+
+def test_what_is_written_says_what_the_records_say(first):
+    comparison, _ = first
+    folder = comparison.folder
+    cells = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    assert len(cells) == 4
+    for cell in cells:
+        summary = RunRecord(folder / cell["run"]).summary()
+        assert cell["status"] == "done"
+        for ours, theirs in (
+            ("accuracy", "accuracy"),
+            ("bytes-up", "bytes_up"),
+            ("bytes-down", "bytes_down"),
+            ("client-memory", "peak_client_bytes"),
+            ("refused", "refused"),
+        ):
+            assert cell[ours] == pytest.approx(summary[theirs])
+        assert cell["device-flops"] > 0
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    for row, name in zip(rows, ("codec=float32", "codec=int8"), strict=True):
+        accuracy = [cell["accuracy"] for cell in cells if cell["row"] == name]
+        assert row["row"] == name and row["seeds"] == "2"
+        assert float(row["accuracy_mean"]) == pytest.approx(sum(accuracy) / 2)
+    table = (folder / "table.md").read_text()
+    assert "codec=int8" in table and "difference, points" in table
+    page = (folder / "report.html").read_text()
+    assert "Two codecs" in page and page.count("<svg") >= 2
+    assert (folder / "accuracy-by-bytes.png").is_file()
+
+
+def test_int8_sends_less(first):
+    full, small = first[0].values()
+    assert all(small["bytes-up"][seed] < 0.5 * full["bytes-up"][seed] for seed in (0, 1))
+
+
+def test_the_frame_has_a_line_a_row_seed_and_round(first):
+    frame = first[0].frame()
+    assert list(frame.index.names) == ["row", "seed", "round"]
+    assert len(frame) == 2 * 2 * 3
+    assert frame.loc[("codec=int8", 1, 2), "accuracy"] == pytest.approx(
+        first[0].values()[1]["accuracy"][1]
+    )
+
+
+def test_nothing_is_run_again_and_the_files_are_the_same(first, copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    _, ran, notes = again(copy)
+    assert ran == [] and notes == ["4 of 4 runs are there already"]
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+
+
+def test_a_further_seed_runs_alone(copy):
+    comparison, ran, _ = again(copy, RECIPE | {"seeds": 3, "vary": {"codec": ["int8"]}})
+    assert [(name, seed) for name, seed, *_ in ran] == [("codec=int8", 2)]
+    assert sorted(comparison.rows[0].runs) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "summary.json", "cell.json"])
+def test_a_damaged_run_is_set_aside_named_and_run_again(first, copy, name):
+    path = first[0].rows[1].runs[1][0].path.name
+    before = (copy / "runs" / path / "rounds.jsonl").read_bytes()
+    (copy / "runs" / path / name).write_text("{")
+    _, ran, notes = again(copy)
+    assert [(row, seed) for row, seed, *_ in ran] == [("codec=int8", 1)]
+    place = copy / "runs" / f"{path}.corrupt-1"
+    assert (place / name).read_text() == "{"
+    assert notes[0].startswith("the run of codec=int8, seed 1, is damaged (")
+    assert f"it is set aside as {place} and run again" in notes[0]
+    accuracy = re.findall(rb'"accuracy": [\d.]+', before)
+    assert (
+        re.findall(rb'"accuracy": [\d.]+', (copy / "runs" / path / "rounds.jsonl").read_bytes())[
+            : len(accuracy)
+        ]
+        == accuracy
+    )
+
+
+def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "bad_rule.py").write_text("def rule(updates):\n    raise RuntimeError('no luck')\n")
+    (tmp_path / "killer.py").write_text("import os\n\ndef rule(updates):\n    os._exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = {
+        "settings": SMALL | {"rounds": 1},
+        "vary": {"rule": ["bad_rule:rule", "killer:rule", "mean"]},
+    }
+    comparison, ran, _ = again(tmp_path / "out", recipe)
+    bad, killed, well = comparison.rows
+    assert "the strategy failed in round 1" in bad.failed[0] and "no luck" in bad.failed[0]
+    assert killed.failed[0] == "its process ended with code 3"
+    assert list(well.runs) == [0] and comparison.failed == 2
+    assert len(ran) == 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 more failed" in page and "no luck" in page
+    assert "0 of 1" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "fleet.cli",
+        "compare",
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "2",
+        *(f"--set={key}={value}" for key, value in SMALL.items()),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert "1 of 2: as set, seed 0" in process.stderr.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    runs = tmp_path / "out" / "runs"
+    deadline = time.monotonic() + 30
+    while list(runs.glob("*.part-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)  # its worker notices, and clears up
+    assert len(list(runs.iterdir())) == 1
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 of 2 runs are there already" in done.stderr
+    assert "2 of 2: as set, seed 1" in done.stderr
+
+
+def test_two_comparisons_in_one_folder_are_refused(tmp_path):
+    from simulations.compare import _alone_in
+
+    with _alone_in(tmp_path / "out"), pytest.raises(ConfigError, match="another comparison is run"):
+        compare(RECIPE, tmp_path / "out")
+
+
+def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
+    def key(seed=0, **settings):
+        (variant,) = load_recipe({"settings": SMALL | settings}).variants()
+        return key_of(variant, seed)
+
+    assert key() == key() == key(**{"cache-mib": 7.0})
+    others = [key(seed=1), key(rounds=3), key(drop=0.1), key(engine="flower")]
+    (tmp_path / "mine.py").write_text("def rule(updates):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    others.append(key(rule="mine:rule"))
+    (tmp_path / "mine.py").write_text("def rule(updates):\n    return 2\n")
+    others.append(key(rule="mine:rule"))
+    monkeypatch.setattr("simulations.cells.code_version", lambda: "other")
+    others.append(key())
+    assert len({key(), *others}) == len(others)
+    assert key() == others[-1]
+
+
+def test_what_shows_results_is_there_and_what_makes_them_decides():
+    files = {path.as_posix() for path in deciding_files()}
+    root = next(name for name in files if name.endswith("/fleet/train.py"))[
+        : -len("fleet/train.py")
+    ]
+    for name in ("strategies/gate.py", "clients/local_update.py", "simulations/launch.py"):
+        assert root + name in files
+    for start in SHOWS:
+        assert not any(name.startswith(root + start) for name in files)
+        assert list((type(deciding_files().__next__())(root)).glob(f"{start}*")), start
+
+
+def test_more_than_ten_thousand_runs_are_asked_about(tmp_path):
+    options = ["compare", "--out", str(tmp_path / "out"), "--seeds", "10001"]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 1
+    assert "this is 10,001 runs; with --yes they are run, all of them" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_table_and_failures(copy, tmp_path):
+    options = ["compare", "--out", str(copy), "--seeds", "2", "--vary", "codec=float32,int8"]
+    options += [f"--set={key}={value}" for key, value in SMALL.items()]
+    options += ["--columns", "accuracy,bytes-up"]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 0, result.output
+    assert "codec=int8" in result.output and "MiB up" in result.output
+    as_json = CliRunner().invoke(main, [*options, "--format", "json"])
+    assert len(json.loads(as_json.stdout)) == 4
+
+
+def test_cells_know_their_rows():
+    variant = load_recipe(RECIPE).variants()[0]
+    assert Cell.of(variant, 1).key != Cell.of(variant, 0).key
