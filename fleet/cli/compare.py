@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,9 +16,6 @@ from fleet.cli.simulate import find_modules_here
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
-
-if TYPE_CHECKING:
-    from simulations.cells import Cell
 
 _MANY = 10_000  # cells; more are asked about
 _NAME = 24  # characters of a row's name that a line has room for
@@ -141,7 +138,7 @@ def _progress(
 ) -> Iterator[
     tuple[
         Callable[[str, int, int, int, str], None],
-        Callable[["Cell", int, float | None], None],
+        Callable[[Any, int, float | None], None],
         Callable[[str], None],
     ]
 ]:
@@ -167,7 +164,7 @@ def _progress(
             progress.update(task, completed=done)
             console.print(line(row, seed, done, total, failed), markup=False, highlight=False)
 
-        def on_round(cell: "Cell", number: int, accuracy: float | None) -> None:
+        def on_round(cell: Any, number: int, accuracy: float | None) -> None:
             told = "" if accuracy is None else f", {100 * accuracy:.1f} %"
             progress.update(task, description=f"{cell.variant.name}: round {number}{told}")
 
