@@ -1,0 +1,45 @@
+"""The small job as a Flower app, on the engine that is named: `local` or `flower`."""
+
+import logging
+from importlib.metadata import version
+
+from marks import Marks
+
+
+def run(marks: Marks, engine: str) -> float:
+    """Train, and return the loss of the last network."""
+    import torch
+    from small_app import client_app, server_app
+    from small_task import CLIENTS, loss_over_all
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    nets: list[torch.nn.Module] = []
+    server = server_app(marks.last, marks.note, nets.append)
+    if engine == "local":
+        from simulations.local_engine import run_local
+
+        run_local(server, client_app, {}, CLIENTS)
+    else:
+        from flwr.simulation import run_simulation
+
+        # A core a client, as many at a time as there are cores.
+        run_simulation(
+            server, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}}
+        )
+    (net,) = nets
+    torch.set_num_threads(1)
+    return loss_over_all(net)
+
+
+def _load_flower() -> None:
+    import flwr.app
+    import flwr.clientapp
+    import flwr.serverapp  # noqa: F401
+
+
+if __name__ == "__main__":
+    marks = Marks()
+    marks.imported("torch", lambda: __import__("torch"))
+    marks.imported("flwr", _load_flower)
+    loss = run(marks, marks.rest[0])
+    marks.report(loss, {name: version(name) for name in ("torch", "flwr", "ray")})

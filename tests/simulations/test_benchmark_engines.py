@@ -1,0 +1,46 @@
+"""The plain loop and our engine take the same steps, and costs are differences."""
+
+import pytest
+
+from fleet.errors import ConfigError
+from simulations.benchmark_engines.__main__ import table
+from simulations.benchmark_engines.measure import Cost, Engine, engines, read_cost, run_job
+
+
+def test_our_engine_computes_what_the_plain_loop_does():
+    loop, ours = (run_job(engine, (1, 2, 4)) for engine in engines(None)[:2])
+    assert loop.result == ours.result
+    assert loop.result < 2.4  # of ten classes unlearned: 2.30; the first steps may overshoot
+    assert loop.cpu_seconds > 0 and ours.start_seconds > 0
+
+
+def test_a_cost_is_of_the_rounds_between_two_looks():
+    cost = read_cost(
+        {
+            "imports": {"torch": 2.0, "flwr": 0.5},
+            "rounds": {
+                "1": {"seconds": 4.0, "cpu": 3.0},
+                "5": {"seconds": 5.0, "cpu": 4.0},
+                "45": {"seconds": 25.0, "cpu": 14.0},
+            },
+            "result": 0.25,
+            "versions": {"torch": "2"},
+        }
+    )
+    assert (cost.start_seconds, cost.cpu_seconds, cost.seconds) == (1.5, 0.25, 0.5)
+
+
+def test_ratios_are_of_runs_beside_each_other():
+    def costs(*cpu):
+        return [Cost(1.0, each, 1.0, 0.5, {}) for each in cpu]
+
+    known = [Engine(name, "", ()) for name in ("plain loop", "ours")]
+    grid = table(known, {"plain loop": costs(1.0, 2.0, 4.0), "ours": costs(1.1, 2.4, 4.0)})
+    assert grid.rows[1][4] == "1.10 (1.00–1.20)"
+    assert grid.rows[0][5] == "0.91 (0.83–1.00)"
+
+
+def test_a_job_that_fails_is_named():
+    engine = Engine("broken", engines(None)[0].python, ("no_such_job.py",))
+    with pytest.raises(ConfigError, match=r"broken failed: (.|\n)*no_such_job"):
+        run_job(engine)
