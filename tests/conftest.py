@@ -16,6 +16,8 @@ LONG_FILES = (
     "test_finetune.py",
     "test_inverted_residual.py",
     "test_dry_run.py",
+    "test_compare.py",
+    "test_notebooks.py",
     "test_cli.py",
     "test_planner.py",
     "test_server_app.py",
