@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from clients.client import Client
 from clients.device import device_metrics
@@ -20,7 +19,7 @@ from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import UpdatePlan
-from fleet.planner import MIN_BATCH_SIZE, Affordable, afford, batch_sizes_between
+from fleet.planner import afford_locally
 from fleet.state import Arrays, capture
 from fleet.train import train_locally
 
@@ -119,30 +118,13 @@ def _within_budget(
         return own, local, {}
     cut = first_trained_step(backbone.steps, plan)
     pulled = client.config.federation.objective != "plain"
-    found = _afford(backbone, own, budget_bytes, local, cut, pulled)
+    found = _afford(backbone, own, budget_bytes, local, proximal=pulled, cut=cut)
     facts = {"budget-bytes": budget_bytes, "planned-peak-bytes": found.peak_bytes}
     return found.plan, replace(local, stash=found.stash, batch_size=found.batch_size), facts
 
 
-@lru_cache(maxsize=64)  # a simulated fleet's devices have few different budgets
-def _afford(
-    backbone: Backbone,
-    plan: UpdatePlan,
-    budget_bytes: int,
-    local: LocalConfig,
-    cut: int,
-    proximal: bool,
-) -> Affordable:
-    return afford(
-        backbone,
-        plan,
-        budget_bytes,
-        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
-        momentum=local.momentum,
-        momentum_dtype=getattr(torch, local.momentum_dtype),
-        proximal=proximal,
-        cut=cut,
-    )
+# A simulated fleet's devices have few different budgets.
+_afford = lru_cache(maxsize=64)(afford_locally)
 
 
 def _round_seed(seed: int, server_round: int, name: str) -> list[int]:

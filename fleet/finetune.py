@@ -28,7 +28,7 @@ from fleet.data import ImageData, load_data, of_dataset, to_tensor
 from fleet.errors import ConfigError, UpdateError
 from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, make_plan
-from fleet.planner import MIB, MIN_BATCH_SIZE, afford, available_bytes, batch_sizes_between
+from fleet.planner import MIB, afford_locally, available_bytes
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device, train_locally
 
@@ -257,14 +257,7 @@ def _affordable(
         budget_bytes = available_bytes(round(config.budget.reserve_mib * MIB))
     else:
         budget_bytes = round(limit * MIB)
-    found = afford(
-        backbone,
-        widest,
-        budget_bytes,
-        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
-        momentum=local.momentum,
-        momentum_dtype=getattr(torch, local.momentum_dtype),
-    )
+    found = afford_locally(backbone, widest, budget_bytes, local)
     return found.plan, found.stash, found.batch_size
 
 

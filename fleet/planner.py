@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from fleet.backbones import Backbone
+from fleet.config import LocalConfig
 from fleet.errors import ConfigError
 from fleet.measure import StepCost, dry_run
 from fleet.plan import UpdatePlan
@@ -162,6 +163,36 @@ def afford(
         first=first,
         later=later,
         why_not_larger="" if larger is None else too_large(*larger),
+    )
+
+
+def afford_locally(
+    backbone: Backbone,
+    widest: UpdatePlan,
+    budget_bytes: int,
+    local: LocalConfig,
+    *,
+    proximal: bool = False,
+    cut: int | None = None,
+) -> Affordable:
+    """`afford` under a run's local settings: with its momentum, in batches up to its own.
+
+    Args:
+        backbone, widest, budget_bytes, proximal, cut: as `afford`'s.
+        local: its batch size is the largest that is chosen from.
+
+    Raises:
+        ConfigError: as `afford`.
+    """
+    return afford(
+        backbone,
+        widest,
+        budget_bytes,
+        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
+        momentum=local.momentum,
+        momentum_dtype=getattr(torch, local.momentum_dtype),
+        proximal=proximal,
+        cut=cut,
     )
 
 

@@ -83,7 +83,3 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
 def _flops(settings: dict[str, Any], rounds: list[RoundReport]) -> float:
     # Of all seeds the same: one count does for them.
     return device_flops(read_config(settings | {"seed": 0, "run-dir": "", "state-dir": ""}), rounds)
-
-
-if __name__ == "__main__":
-    main()

@@ -55,28 +55,27 @@ def compare(
         folders = CellFolders(folder / RUNS)
         folders.clear()
         rows = [ComparedRow(variant) for variant in variants]
-        row_of = {id(row.variant): row for row in rows}
-        waiting = []
+        waiting: dict[str, list[tuple[ComparedRow, Cell]]] = {}  # rows may share a run
         for row in rows:
             for seed in asked.seeds:
                 cell = Cell.of(row.variant, seed)
                 measured = _measured(folders, cell, on_note)
                 if measured is None:
-                    waiting.append(cell)
+                    waiting.setdefault(cell.key, []).append((row, cell))
                 else:
-                    row.runs[seed] = _record(folders, cell), measured
+                    row.runs[seed] = RunRecord(folders.path(cell)), measured
         total = len(rows) * len(asked.seeds)
-        done = total - len(waiting)
+        done = total - sum(map(len, waiting.values()))
         if done:
             on_note(f"{done} of {total} runs are there already")
-        for ended in run_cells(_once(waiting), folders.folder, jobs, keep_models, on_round):
-            for cell in (cell for cell in waiting if cell.key == ended.cell.key):
+        cells = [sharing[0][1] for sharing in waiting.values()]
+        for ended in run_cells(cells, folders.folder, jobs, keep_models, on_round):
+            for row, cell in waiting[ended.cell.key]:
                 done += 1
-                row = row_of[id(cell.variant)]
                 if ended.measured is None:
-                    row.failed[cell.seed] = ended.reason
+                    row.failed[cell.seed] = ended.reason, ended.details
                 else:
-                    row.runs[cell.seed] = _record(folders, cell), ended.measured
+                    row.runs[cell.seed] = RunRecord(folders.path(cell)), ended.measured
                 on_cell(row.variant.name, cell.seed, done, total, ended.reason)
         comparison = Comparison(asked, folder, rows)
         comparison.write()
@@ -105,15 +104,6 @@ def _measured(
             f"it is set aside as {place} and run again"
         )
         return None
-
-
-def _record(folders: CellFolders, cell: Cell) -> RunRecord:
-    return RunRecord(folders.path(cell))
-
-
-def _once(cells: list[Cell]) -> list[Cell]:
-    """One cell of each key: rows may come to the same settings."""
-    return list({cell.key: cell for cell in cells}.values())
 
 
 @contextlib.contextmanager

@@ -2,15 +2,16 @@
 
 import csv
 import io
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, RunRecord, summarise, to_json
+from fleet.records import RunRecord, summarise, to_json
 from fleet.report import Grid, as_markdown, write_comparison
 from fleet.report.frame import frame
 from fleet.report.rounds import MIB
@@ -31,56 +32,82 @@ class Column:
     Attributes:
         heading: with its unit.
         digits: behind the point.
-        value: (rounds, what was measured beside them, target) → a run's; NaN: not known.
-        scale: of a value, as the table shows it.
+        value: (facts of a run, target) → its value, in bytes, FLOPs, seconds, shares of 1
+            and counts; NaN: not known.
+        scale: from that to the heading's unit.
     """
 
     heading: str
     digits: int
-    value: Callable[[Sequence[RoundReport], Mapping[str, Any], float], float]
+    value: Callable[["Facts", float], float]
     scale: float = 1.0
 
 
-def _last_accuracy(rounds: Sequence[RoundReport]) -> float:
-    known = [report.accuracy for report in rounds if report.accuracy is not None]
-    return known[-1] if known else math.nan
+@dataclass(frozen=True)
+class Facts:
+    """What the columns need of one run, from one pass over its record.
+
+    Attributes:
+        totals: of `summarise`.
+        accuracy: of each round, 0…1; NaN where it was not evaluated.
+        sent: bytes of both links up to the end of each round.
+        device_flops: of a client's training, mean over the clients.
+    """
+
+    totals: Mapping[str, Any]
+    accuracy: Sequence[float]
+    sent: Sequence[int]
+    device_flops: float
+
+    @classmethod
+    def of(cls, record: RunRecord, measured: Mapping[str, Any]) -> "Facts":
+        """Read a run's record.
+
+        Args:
+            measured: beside it, when it was made.
+        """
+        rounds = list(record.rounds())
+        return cls(
+            summarise(rounds),
+            [math.nan if r.accuracy is None else r.accuracy for r in rounds],
+            list(accumulate(r.bytes_up + r.bytes_down for r in rounds)),
+            float(measured["device_flops"]),
+        )
+
+    @property
+    def last_accuracy(self) -> float:
+        """Of the last round that has one."""
+        return next((a for a in reversed(self.accuracy) if not math.isnan(a)), math.nan)
+
+    def first_round_at(self, target: float) -> int | None:
+        """The first round whose accuracy is the target or above; round 0 trains nobody."""
+        return next((n for n, a in enumerate(self.accuracy) if a >= target), None)
 
 
-def _of_summary(key: str) -> Callable[[Sequence[RoundReport], Any, float], float]:
-    return lambda rounds, measured, target: float(summarise(rounds)[key])
+def _total(key: str) -> Callable[[Facts, float], float]:
+    return lambda facts, target: float(facts.totals[key])
 
 
-def _until(
-    rounds: Sequence[RoundReport], target: float, spent: Callable[[RoundReport], float]
-) -> float:
-    """What was spent up to the first round that reaches the target; NaN: none does."""
-    total = 0.0
-    for report in rounds:
-        total += spent(report)
-        if report.accuracy is not None and report.accuracy >= target:
-            return total
-    return math.nan
+def _rounds_to(facts: Facts, target: float) -> float:
+    number = facts.first_round_at(target)
+    return math.nan if number is None else number
+
+
+def _bytes_to(facts: Facts, target: float) -> float:
+    number = facts.first_round_at(target)
+    return math.nan if number is None else facts.sent[number]
 
 
 COLUMNS: Mapping[str, Column] = {
-    "accuracy": Column("accuracy %", 1, lambda rounds, _, target: _last_accuracy(rounds), 100),
-    "rounds-to-target": Column(
-        "rounds to target", 1, lambda r, _, target: _until(r, target, lambda x: x.server_round > 0)
-    ),
-    "bytes-to-target": Column(
-        "MiB to target",
-        2,
-        lambda r, _, target: _until(r, target, lambda x: x.bytes_up + x.bytes_down),
-        1 / MIB,
-    ),
-    "bytes-up": Column("MiB up", 2, _of_summary("bytes_up"), 1 / MIB),
-    "bytes-down": Column("MiB down", 2, _of_summary("bytes_down"), 1 / MIB),
-    "client-memory": Column("client peak MiB", 1, _of_summary("peak_client_bytes"), 1 / MIB),
-    "device-flops": Column(
-        "device GFLOP", 1, lambda r, measured, _: float(measured["device_flops"]), 1e-9
-    ),
-    "seconds": Column("seconds", 1, _of_summary("seconds")),
-    "refused": Column("refused", 1, _of_summary("refused")),
+    "accuracy": Column("accuracy %", 1, lambda facts, target: facts.last_accuracy, 100),
+    "rounds-to-target": Column("rounds to target", 1, _rounds_to),
+    "bytes-to-target": Column("MiB to target", 2, _bytes_to, 1 / MIB),
+    "bytes-up": Column("MiB up", 2, _total("bytes_up"), 1 / MIB),
+    "bytes-down": Column("MiB down", 2, _total("bytes_down"), 1 / MIB),
+    "client-memory": Column("client peak MiB", 1, _total("peak_client_bytes"), 1 / MIB),
+    "device-flops": Column("device GFLOP", 1, lambda facts, target: facts.device_flops, 1e-9),
+    "seconds": Column("seconds", 1, _total("seconds")),
+    "refused": Column("refused", 1, _total("refused")),
 }
 
 
@@ -91,12 +118,12 @@ class ComparedRow:
     Attributes:
         variant: what its runs have in common.
         runs: seed → record and what was measured beside it.
-        failed: seed → why there is no run.
+        failed: seed → why there is no run, in a line and at length.
     """
 
     variant: Variant
     runs: dict[int, tuple[RunRecord, Mapping[str, Any]]] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,28 +145,29 @@ class Comparison:
         """Cells without a run."""
         return sum(len(row.failed) for row in self.rows)
 
+    @cached_property
     def values(self) -> list[dict[str, dict[int, float]]]:
         """For each row: column → seed → value, unscaled; NaN where it is not known."""
-        loaded = [
-            {seed: (list(run.rounds()), m) for seed, (run, m) in row.runs.items()}
-            for row in self.rows
+        facts = [
+            {seed: Facts.of(*run) for seed, run in sorted(row.runs.items())} for row in self.rows
         ]
-        targets = [self._target(loaded, number) for number in range(len(self.rows))]
+        targets = [self._target(facts[self._reference(n)].values()) for n in range(len(facts))]
         return [
             {
-                name: {
-                    seed: column.value(rounds, measured, target)
-                    for seed, (rounds, measured) in runs.items()
-                }
+                name: {seed: column.value(run, target) for seed, run in runs.items()}
                 for name, column in COLUMNS.items()
             }
-            for runs, target in zip(loaded, targets, strict=True)
+            for runs, target in zip(facts, targets, strict=True)
         ]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of the tables; all, if the recipe names none."""
+        return self.recipe.columns or tuple(COLUMNS)
 
     def table(self) -> Grid:
         """A line a row: mean ± half of the 95 % interval, and the paired difference in accuracy."""
-        values = self.values()
-        columns = self.recipe.columns or tuple(COLUMNS)
+        values, columns = self.values, self.columns
         headings = [COLUMNS[name].heading for name in columns]
         lines = []
         for number, row in enumerate(self.rows):
@@ -197,7 +225,8 @@ class Comparison:
         """
         table = self.table()
         try:
-            (self.folder / "cells.jsonl").write_text("".join(self._cells()))
+            lines = [to_json(cell) + "\n" for cell in self.cells()]
+            (self.folder / "cells.jsonl").write_text("".join(lines))
             (self.folder / "table.md").write_text(as_markdown(table))
             (self.folder / "table.csv").write_text(self._csv())
         except OSError as error:
@@ -206,15 +235,19 @@ class Comparison:
                 f"permission there, then run the same command again: no run is repeated"
             ) from error
         rows = [
-            Row(row.variant.name, {seed: run for seed, (run, _) in row.runs.items()}, row.failed)
+            Row(
+                row.variant.name,
+                {seed: run for seed, (run, _) in row.runs.items()},
+                {seed: reason for seed, (reason, _) in row.failed.items()},
+            )
             for row in self.rows
         ]
         write_comparison(self.folder, self.recipe.title, rows, [table])
 
-    def _cells(self) -> list[str]:
-        """A JSON object a cell."""
-        lines = []
-        for row, values in zip(self.rows, self.values(), strict=True):
+    def cells(self) -> list[dict[str, Any]]:
+        """The lines of `cells.jsonl`: a run's settings, and results or why it failed."""
+        cells = []
+        for row, values in zip(self.rows, self.values, strict=True):
             for seed in sorted(row.runs.keys() | row.failed.keys()):
                 facts: dict[str, Any] = {"row": row.variant.name, "seed": seed}
                 if seed in row.runs:
@@ -222,24 +255,25 @@ class Comparison:
                     facts |= {"status": "done", "run": run.relative_to(self.folder).as_posix()}
                     facts |= {name: values[name][seed] for name in COLUMNS}
                 else:
-                    facts |= {"status": "failed", "reason": row.failed[seed]}
+                    reason, details = row.failed[seed]
+                    facts |= {"status": "failed", "reason": reason, "details": details}
                 facts |= {
                     "settings": dict(row.variant.settings),
                     "engine": row.variant.engine,
                     **row.variant.adversity,
                 }
-                lines.append(to_json(facts) + "\n")
-        return lines
+                cells.append(facts)
+        return cells
 
     def _csv(self) -> str:
         """Numbers without units' scales: mean, interval and difference of every column."""
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        columns = self.recipe.columns or tuple(COLUMNS)
+        columns = self.columns
         parts = ("mean", "interval", "difference", "difference_interval")
         head = [f"{name}_{part}" for name in columns for part in parts]
         writer.writerow(["row", "seeds", "failed", *head])
-        values = self.values()
+        values = self.values
         for number, row in enumerate(self.rows):
             reference = values[self._reference(number)]
             line = [row.variant.name, len(row.runs), len(row.failed)]
@@ -258,11 +292,10 @@ class Comparison:
         group = self.rows[number].variant.group
         return next(i for i, row in enumerate(self.rows) if row.variant.group == group)
 
-    def _target(self, loaded: Sequence[Mapping[int, Any]], number: int) -> float:
+    def _target(self, reference: Iterable[Facts]) -> float:
         if self.recipe.target is not None:
             return self.recipe.target
-        runs = loaded[self._reference(number)].values()
-        return estimate([_last_accuracy(rounds) for rounds, _ in runs]).mean - _POINT
+        return estimate([facts.last_accuracy for facts in reference]).mean - _POINT
 
     def _target_in_words(self) -> str:
         if self.recipe.target is not None:
@@ -282,11 +315,6 @@ def shown(one: Estimate, column: Column, signed: bool = False) -> str:
     if math.isnan(one.half_width):
         return mean
     return f"{mean} ± {one.half_width * column.scale:,.{column.digits}f}"
-
-
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `cells.jsonl`."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _plain(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,8 @@ from fleet.backbones import Backbone, backbone_of
 from fleet.config import ModelConfig, RunConfig
 from fleet.measure import dry_run, weightless
 from fleet.mobiletl import TransferModel, first_trained_step
-from fleet.plan import UpdatePlan, make_plan
-from fleet.planner import MIN_BATCH_SIZE, afford, batch_sizes_between
+from fleet.plan import make_plan
+from fleet.planner import afford_locally
 from fleet.records import ClientReport, RoundReport
 
 
@@ -42,11 +43,17 @@ def device_flops(config: RunConfig, rounds: Sequence[RoundReport]) -> float:
     return sum(spent.values()) / len(spent) if spent else 0.0
 
 
+@dataclass(frozen=True)
 class _Step:
-    """FLOPs an image: of the frozen part, of the rest with backward; is the first's kept?"""
+    """FLOPs an image: of the frozen part, and of the rest with its backward pass.
 
-    def __init__(self, prefix: float, trained: float, cached: bool) -> None:
-        self.prefix, self.trained, self.cached = prefix, trained, cached
+    Attributes:
+        cached: whether the frozen part's output is kept.
+    """
+
+    prefix: float
+    trained: float
+    cached: bool
 
 
 def _per_image(config: RunConfig, client: ClientReport) -> _Step:
@@ -69,7 +76,10 @@ def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
     own = widest if plan.method in ("head", "full") else widest.narrow(blocks)
     cut = first_trained_step(backbone.steps, widest)
     proximal = config.federation.objective != "plain"
-    stash, batch_size = _way(config, backbone, own, budget_bytes, cut, proximal)
+    stash, batch_size = local.stash, local.batch_size
+    if budget_bytes is not None:  # the client left both to the planner
+        found = afford_locally(backbone, own, budget_bytes, local, proximal=proximal, cut=cut)
+        stash, batch_size = found.stash, found.batch_size
     cost = dry_run(
         backbone,
         own,
@@ -86,31 +96,6 @@ def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
         trained=(cost.flops_forward + cost.flops_backward) / batch_size,
         cached=freezes and config.features.cache != "off",
     )
-
-
-def _way(
-    config: RunConfig,
-    backbone: Backbone,
-    plan: UpdatePlan,
-    budget_bytes: int | None,
-    cut: int,
-    proximal: bool,
-) -> tuple[str, int]:
-    """Stash and batch size, which a client within a budget left to the planner."""
-    local = config.local
-    if budget_bytes is None:
-        return local.stash, local.batch_size
-    found = afford(
-        backbone,
-        plan,
-        budget_bytes,
-        batch_sizes=batch_sizes_between(MIN_BATCH_SIZE, local.batch_size),
-        momentum=local.momentum,
-        momentum_dtype=getattr(torch, local.momentum_dtype),
-        proximal=proximal,
-        cut=cut,
-    )
-    return found.stash, found.batch_size
 
 
 def _backbone(config: RunConfig) -> Backbone:

@@ -35,11 +35,11 @@ from typing import Any
 from fleet.config import Value, default_settings, describe_settings, read_config
 from fleet.errors import ConfigError
 from simulations.adversity import Adversity
+from simulations.launch import ENGINES
 from strategies.algorithm import algorithm
 
 # What a run is told beside its configuration.
 _OF_SIMULATION: Mapping[str, type] = {"engine": str, "attack": str, "hostile": float, "drop": float}
-_ENGINES = ("local", "flower")
 _BOTH = ("codec-up", "codec-down")  # what `codec` stands for
 _PLACED = {  # settings that a comparison gives itself
     "seed": "use seeds",
@@ -109,8 +109,8 @@ class Recipe:
         told = {key: given.pop(key) for key in _OF_SIMULATION if key in given}
         engine = told.pop("engine", "local")
         try:
-            if engine not in _ENGINES:
-                raise ConfigError(unknown("engine", engine, _ENGINES))
+            if engine not in ENGINES:
+                raise ConfigError(unknown("engine", engine, ENGINES))
             config = read_config(defaults | given)
             algorithm(config.federation, seed=0, clients=config.federation.clients)
             settings = config.as_settings()

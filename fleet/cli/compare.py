@@ -37,7 +37,7 @@ _NAME = 24  # characters of a row's name that a line has room for
 @click.option("--seeds", help="How many, as 3, or which, as 0,4,7.")
 @click.option("--target", type=float, help="Accuracy that rounds and bytes are counted to.")
 @click.option("--columns", help="Of the table, as accuracy,bytes-up.")
-@click.option("--jobs", default=1, help="Runs at once, a process each.  [default: 1]")
+@click.option("--jobs", default=1, show_default=True, help="Runs at once, a process each.")
 @click.option("--keep-models", is_flag=True, help="Keep every run's model and page.")
 @click.option("--yes", is_flag=True, help=f"Do not ask about more than {_MANY:,} runs.")
 @format_option("text", "json")
@@ -89,14 +89,12 @@ def command(
         click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise click.exceptions.Exit(130) from None
     if output_format == "json":
-        from simulations.comparison import read_cells
-
-        click.echo(to_json(read_cells(comparison.folder / "cells.jsonl"), indent=2))
+        click.echo(to_json(comparison.cells(), indent=2))
     else:
         console = Console()
         console.print(as_text(_fitting(comparison.table(), console)))
         for row in comparison.rows:
-            for seed, reason in sorted(row.failed.items()):
+            for seed, (reason, _) in sorted(row.failed.items()):
                 text = f"failed: {row.variant.name}, seed {seed}: {reason}"
                 console.print(text, style="yellow", markup=False)
         console.print(f"report {comparison.folder / 'report.html'}", soft_wrap=True)

@@ -22,11 +22,11 @@ from strategies.aggregation.coordinatewise import median_statistics
 from strategies.aggregation.copies import average, counts_of, in_order
 from strategies.aggregation.protocol import Aggregate, Rule, stateless
 
-# Under `clipped_mean`:
-MOST_MEDIANS = 3.0  # of num_examples, that a client may weigh
-MOST_NORMS = 5.0  # medians, that a client's update may be long
-LEAST_COSINE = -0.5  # of a client's update with the sum of the others'
-FEWEST = 3  # clients, among whom one may be left out
+# Of `clipped_mean`:
+MOST_EXAMPLES = 3.0  # medians of num_examples; what a client states beyond weighs nothing
+LONGEST = 5.0  # medians of the norms; a client whose update is longer is left out
+LEAST_COSINE = -0.5  # with the sum of the others' updates; a client below is left out
+FEWEST = 3  # clients among whom one may be left out
 
 
 def mean() -> Rule:
@@ -62,12 +62,12 @@ def clipped_mean(bound: float | None = None) -> Rule:
 
     **Who is left out.** Clipped or not, an attacker that sends −10 times what it trained
     takes back what an honest client brought. But honest updates do not differ that much in
-    length: those above `MOST_NORMS` medians count for nothing this round, and neither do
+    length: those above `LONGEST` medians count for nothing this round, and neither do
     their statistics. Of the others, those go that point against what all the rest amount
     to, with a cosine below `LEAST_COSINE`: as inner product manipulation does, which is
-    short. The bound is far from 0 because honest updates soon are at right angles to each
-    other where clients' data differ; to leave out all below 0 cost 1.7 points of accuracy
-    where nobody was hostile, this costs none. Wrong labels are told by neither.
+    short. The bound is far from 0 because honest updates are nearly at right angles to each
+    other where clients' data differ: a bound of 0 leaves out many of them. Clients that
+    train on wrong labels are told from honest ones by neither.
 
     **Whose median, under unequal plans.** A client that trains five blocks has a longer
     delta than one that trains one, and is no more suspicious for it. So norms are only
@@ -81,7 +81,7 @@ def clipped_mean(bound: float | None = None) -> Rule:
     which is wrong.
 
     Weights are num_examples, which a client states itself. So none counts for more than
-    `MOST_MEDIANS` times the (lower) median of its group's: a client that claims ten
+    `MOST_EXAMPLES` times the (lower) median of its group's: a client that claims ten
     million images weighs what three typical ones do.
 
     Args:
@@ -103,7 +103,7 @@ def clipped_mean(bound: float | None = None) -> Rule:
 
         def weigh(group: Group) -> np.ndarray:
             counts = np.asarray(counts_of(group.trainers), dtype=np.float64)
-            counts = np.minimum(counts, MOST_MEDIANS * lower_median(counts))
+            counts = np.minimum(counts, MOST_EXAMPLES * lower_median(counts))
             if bound is None:
                 norms = group.norms(squares)
                 factors = clip_factors(norms, lower_median(norms))
@@ -122,7 +122,7 @@ def clipped_mean(bound: float | None = None) -> Rule:
 
 
 def _too_long(groups: Sequence[Group], squares: Squares) -> dict[str, str]:
-    """Clients with a part above `MOST_NORMS` median norms → that, in words.
+    """Clients with a part above `LONGEST` median norms → that, in words.
 
     Never all of them: the client of the median is no longer than it.
     """
@@ -133,10 +133,10 @@ def _too_long(groups: Sequence[Group], squares: Squares) -> dict[str, str]:
         norms = group.norms(squares)
         typical = lower_median(norms)
         for update, norm in zip(group.trainers, norms, strict=True):
-            if norm > MOST_NORMS * typical:
+            if norm > LONGEST * typical:
                 found[update.client] = (
                     f"update is {norm:.3g} long, the median of those who train the same tensors "
-                    f"is {typical:.3g}; above {MOST_NORMS:g} times that clipped_mean leaves it out"
+                    f"is {typical:.3g}; above {LONGEST:g} times that clipped_mean leaves it out"
                 )
     return found
 

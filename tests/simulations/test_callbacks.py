@@ -7,16 +7,8 @@ from fleet.cli import main
 from fleet.errors import FleetError
 from simulations import Callback, simulate
 from simulations.callbacks import Callbacks
+from tests.runs import SMALL
 
-SMALL = {
-    "clients": 2,
-    "rounds": 2,
-    "train-examples": 60,
-    "test-examples": 30,
-    "image-size": 32,
-    "method": "head",
-    "local-epochs": 1,
-}
 EVENTS = ("on_run_start", "on_reply", "on_round_end", "on_run_end", "on_run_error")
 
 

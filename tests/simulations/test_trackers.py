@@ -12,16 +12,7 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import simulate
 from simulations.trackers import MLflow, TensorBoard, WandB, read_tracker
-
-SMALL = {
-    "clients": 2,
-    "rounds": 2,
-    "train-examples": 60,
-    "test-examples": 30,
-    "image-size": 32,
-    "method": "head",
-    "local-epochs": 1,
-}
+from tests.runs import SMALL
 
 
 def run(tmp_path, tracker, **settings):

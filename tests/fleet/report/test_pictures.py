@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, RunRecord
+from fleet.records import ClientReport, RoundReport, RunRecord
 from fleet.report import write_comparison, write_page
 from fleet.report.curves import by_bytes, by_round, place_labels
 from fleet.report.files import write_files
@@ -23,6 +23,10 @@ from fleet.report.rows import Row
 
 MIB = 2**20
 EVIL = "<script>alert(1)</script>&\"'$x_1$ " + "z" * 300
+
+
+def _client(name):
+    return ClientReport(name=name, blocks=1, num_examples=5, loss=0.5, peak_bytes=MIB, seconds=1.0)
 
 
 def report(number, accuracy, **more):
@@ -275,9 +279,3 @@ def test_files_that_cannot_be_written_are_an_error_with_the_way_out(record, tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'file'}")):
         write_files(record, tmp_path / "file")
-
-
-def _client(name):
-    from fleet.records import ClientReport
-
-    return ClientReport(name=name, blocks=1, num_examples=5, loss=0.5, peak_bytes=MIB, seconds=1.0)
