@@ -1,5 +1,6 @@
 """`python -m simulations.benchmark_engines`; see the package."""
 
+import os
 import platform
 from pathlib import Path
 from statistics import median
@@ -30,10 +31,14 @@ def main(venvs: Path | None, repeats: int) -> None:
             costs[engine.name].append(run_job(engine))
             click.echo(f"{engine.name}: {costs[engine.name][-1]}", err=True)
     click.echo("    python -m simulations.benchmark_engines --venvs FOLDER\n")
-    click.echo(as_markdown(table(known, costs)))
+    click.echo(as_markdown(table(known, costs)).replace("## ", "### ", 1))
     versions = {key: v for of in costs.values() for key, v in of[0].versions.items()}
     named = ", ".join(f"{key} {value}" for key, value in sorted(versions.items()))
-    click.echo(f"Commit {commit()}, {platform.machine()}, {named}.")
+    load = os.getloadavg()[2]
+    click.echo(
+        f"Commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, load of the last "
+        f"quarter of an hour {load:.1f}, {named}."
+    )
 
 
 def table(known: list[Engine], costs: dict[str, list[Cost]]) -> Grid:
