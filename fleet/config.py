@@ -381,6 +381,21 @@ def read_config(settings: Mapping[str, Value]) -> RunConfig:
     return _build(RunConfig, values)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """A recipe's file.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+
+
 def default_settings() -> dict[str, Value]:
     """`[tool.flwr.app.config]` of the project's own pyproject.toml."""
     here = Path(__file__).resolve().parent

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations.cell_pool import run_cells
 from simulations.cells import Cell, CellFolders
 from simulations.comparison import COLUMNS, ComparedRow, Comparison
-from simulations.recipe import Recipe, read_recipe, recipe_of
+from simulations.recipe import Recipe, recipe_of
 
 RUNS = "runs"
 
@@ -88,7 +89,7 @@ def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
     Raises:
         ConfigError: for one that will not do.
     """
-    values = recipe if isinstance(recipe, Mapping) else read_recipe(Path(recipe))
+    values = recipe if isinstance(recipe, Mapping) else read_toml(Path(recipe))
     return recipe_of(values, tuple(COLUMNS))
 
 

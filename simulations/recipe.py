@@ -26,10 +26,8 @@ import csv
 import difflib
 import itertools
 import math
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fleet.config import Value, default_settings, describe_settings, read_config
@@ -127,21 +125,6 @@ class Recipe:
             adversity=adversity.as_table(),
             group=tuple(str(whole[key]) for key in self.within),
         )
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's file as a mapping, for `recipe_of`.
-
-    Raises:
-        ConfigError: if it cannot be read, or is not TOML.
-    """
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
 
 
 def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:

@@ -191,6 +191,10 @@ def test_a_recipe_is_read_and_options_go_before_it(tmp_path):
             "rounds = 3\n[settings]\nseed = 1",
             "has rounds beside [settings]; move it into [settings], or remove the header",
         ),
+        (
+            "seeds = 3\n[settings]\nrounds = 1",
+            "recipe.toml is one of several runs; run them with: fleet compare ",
+        ),
         (None, "cannot read recipe"),
     ],
 )

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fleet.cli.options import format_option
 from fleet.cli.simulate import find_modules_here
+from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
@@ -60,9 +61,9 @@ def command(
     """
     find_modules_here()
     from simulations.compare import compare, load_recipe
-    from simulations.recipe import parse_axis, parse_seeds, parse_setting, read_recipe
+    from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
-    values: dict[str, Any] = read_recipe(recipe) if recipe else {}
+    values: dict[str, Any] = read_toml(recipe) if recipe else {}
     for key, parse, texts in (("vary", parse_axis, vary), ("settings", parse_setting, settings)):
         if texts:
             values[key] = {**values.get(key, {}), **dict(map(parse, texts))}

@@ -2,9 +2,9 @@
 
 import json
 import os
+import shlex
 import sys
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fleet.cli.options import format_option
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.cli.stopping import stopping
-from fleet.config import default_settings, describe_settings, read_config
+from fleet.config import default_settings, describe_settings, read_config, read_toml
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
 
@@ -77,7 +77,7 @@ def command(
     record = RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
     find_modules_here()
-    with stopping(record, again="" if engine == "local" else f" --engine {engine}"):
+    with stopping(record, _beside_config(engine, workers, log_to)):
         from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
         from simulations.trackers import read_tracker
@@ -100,6 +100,15 @@ def command(
         show_run(record)
 
 
+def _beside_config(engine: str, workers: str, log_to: Sequence[str]) -> str:
+    """Options that a run's config.toml does not hold, as they follow it on a command line."""
+    words = [] if engine == "local" else ["--engine", engine]
+    words += [] if workers == "1" else ["--workers", workers]
+    for each in log_to:
+        words += ["--log-to", each]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
 def find_modules_here() -> None:
     """A strategy or rule of the user's own may lie in the working directory.
 
@@ -111,13 +120,11 @@ def find_modules_here() -> None:
 
 def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings by name and the table [simulation], from a recipe or the config.toml of a run."""
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    values = read_toml(path)
+    if values.keys() & {"vary", "rows", "seeds"}:
+        raise ConfigError(
+            f"recipe {path} is one of several runs; run them with: fleet compare {path} --out DIR"
+        )
     simulation = values.pop("simulation", {})
     if not isinstance(simulation, dict):
         raise ConfigError(f"recipe {path}: simulation must be a table, got {simulation!r}")

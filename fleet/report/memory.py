@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fleet.report.curves import MOST_TOGETHER
@@ -127,14 +128,18 @@ def _draw(points: Sequence[Point], front: Sequence[int], size: float, unit: str)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     many = len(points) > MOST_TOGETHER
     names = [str(i + 1) if many else shortened(p.name, _LABEL) for i, p in enumerate(points)]
-    _label(figure, axes, list(zip(x, y, strict=True)), names)
+    _label(figure, axes, list(zip(x, y, strict=True)), names, front)
     return figure
 
 
 def _label(
-    figure: "Figure", axes: "Axes", points: Sequence[tuple[float, float]], names: Sequence[str]
+    figure: "Figure",
+    axes: "Axes",
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    front: Sequence[int],
 ) -> None:
-    """A name beside each point, where it lies over no point, no other name and no edge.
+    """A name beside each point, where it lies over no point, no other name, no line and no edge.
 
     One for which there is no room anywhere near is set where it is hidden least.
     """
@@ -154,6 +159,9 @@ def _label(
     centres = axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale)
              for x, y in centres]  # fmt: skip
+    for (left, low), (right, high) in pairwise(centres[i] for i in front):  # the front's steps
+        taken.append(Bbox.from_extents(left, low - scale, right, low + scale))
+        taken.append(Bbox.from_extents(right - scale, low, right + scale, high))
     for text, centre in zip(texts, centres, strict=True):
         box = text.get_window_extent()
         width, height = box.width / scale, box.height / scale

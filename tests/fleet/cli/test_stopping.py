@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fleet.cli import main
+from fleet.cli.simulate import _beside_config
 from fleet.records import RunRecord
 
 SMALL = (
@@ -101,6 +102,19 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
     assert terminal.exitstatus == 130
     assert "Traceback" not in terminal.before
     check_record(run_dir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("local", "1", ()), ""),
+        (("flower", "1", ()), " --engine flower"),
+        (("local", "auto", ("mlflow",)), " --workers auto --log-to mlflow"),
+        (("local", "2", ("wandb:my fleets",)), " --workers 2 --log-to 'wandb:my fleets'"),
+    ],
+)
+def test_the_command_that_repeats_a_run_has_what_its_config_does_not_hold(given, words):
+    assert _beside_config(*given) == words
 
 
 STUBBORN = """

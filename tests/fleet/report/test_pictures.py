@@ -16,7 +16,15 @@ from fleet.report import write_comparison, write_page
 from fleet.report.curves import by_bytes, by_round, place_labels
 from fleet.report.files import write_files
 from fleet.report.grid import Grid
-from fleet.report.history import block_of, blocks_of, kind_of, read_history, read_line
+from fleet.report.history import (
+    History,
+    Line,
+    block_of,
+    blocks_of,
+    kind_of,
+    read_history,
+    read_line,
+)
 from fleet.report.memory import by_memory, pareto_front
 from fleet.report.pictures import NAMES, comparison_pictures, run_pictures
 from fleet.report.rows import Row
@@ -152,6 +160,18 @@ def test_memory_is_drawn_with_its_front(rows):
     assert "Pareto front: fast: 71.0 % with 5.0 MiB. Others: slow: 41.0 % with 5.0 MiB." in (
         picture.description
     )
+
+
+def test_a_name_in_the_memory_picture_lies_on_no_line_of_the_front():
+    runs = [History([1], [accuracy], [1], 1, peak) for accuracy, peak in ((60, 5e6), (80, 20e6))]
+    lines = [Line(name, [run]) for name, run in zip(("head", "mobiletl"), runs, strict=True)]
+    axes = by_memory(lines).figure.axes[0]
+    (front,) = (line for line in axes.lines if line.get_drawstyle() == "steps-post")
+    (left, low), (right, high) = axes.transData.transform(front.get_xydata())
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert not (box.y0 < low < box.y1 and box.x1 > left and box.x0 < right), text.get_text()
+        assert not (box.x0 < right < box.x1 and box.y1 > low and box.y0 < high), text.get_text()
 
 
 def test_the_same_run_gives_the_same_bytes(rows):
