@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -158,23 +159,23 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "0 of 1" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "fleet.cli",
-        "compare",
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "2",
-        *(f"--set={key}={value}" for key, value in SMALL.items()),
-    ]
+@pytest.fixture
+def sweep(tmp_path):
+    """A command of two cells, and the process that runs it once its first has ended."""
+    command = [sys.executable, "-m", "fleet.cli", "compare", "--out", str(tmp_path / "out")]
+    command += ["--seeds", "2", *(f"--set={key}={value}" for key, value in SMALL.items())]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert "1 of 2: as set, seed 0" in process.stderr.readline()
-    os.kill(process.pid, signal.SIGKILL)
+    yield command, process
+    process.kill()
     process.wait()
     process.stderr.close()
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_stopped(sweep, tmp_path):
+    command, process = sweep
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
     runs = tmp_path / "out" / "runs"
     deadline = time.monotonic() + 30
     while list(runs.glob("*.part-*")) and time.monotonic() < deadline:
@@ -183,6 +184,19 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "1 of 2 runs are there already" in done.stderr
     assert "2 of 2: as set, seed 1" in done.stderr
+
+
+def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_path):
+    _, process = sweep
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not [worker for worker in workers if worker.is_running()]
+    said = process.stderr.read()
+    assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
+    assert "Traceback" not in said
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
 
 
 def test_two_comparisons_in_one_folder_are_refused(tmp_path):
