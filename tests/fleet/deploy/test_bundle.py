@@ -85,7 +85,9 @@ def test_a_folder_is_a_bundle_too(tmp_path, state):
 
 
 def test_without_a_bundle_it_says_how_to_get_one(state):
-    with pytest.raises(ConfigError, match="no bundle was ever given to this device.*--bundle NAME"):
+    with pytest.raises(
+        ConfigError, match=r"no bundle was ever given to this device.*--bundle NAME"
+    ):
         installed_bundle(state)
 
 
@@ -159,5 +161,5 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, state, file, conten
 
 
 def test_a_bundle_that_is_not_there_is_named(tmp_path, state):
-    with pytest.raises(ConfigError, match="there is no bundle, .*pi-01.tar.gz"):
+    with pytest.raises(ConfigError, match=r"there is no bundle, .*pi-01.tar.gz"):
         install_bundle(tmp_path / "pi-01.tar.gz", state)

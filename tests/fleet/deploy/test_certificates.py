@@ -115,7 +115,7 @@ def test_a_server_certificate_does_not_outlive_its_authority():
 
 
 def test_an_authority_that_has_expired_signs_nothing():
-    with pytest.raises(ConfigError, match="the authority's certificate expires .*provision anew"):
+    with pytest.raises(ConfigError, match=r"the authority's certificate expires .*provision anew"):
         issue_server_certificate(make_authority(days=0), ["server.local"])
 
 

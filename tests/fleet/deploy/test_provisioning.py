@@ -118,7 +118,7 @@ def test_renewing_for_another_host_is_what_new_bundles_say(fleet, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "a b", "é", "a" * 64, "server"])
 def test_a_name_that_is_no_folders_is_refused_before_anything_is_written(tmp_path, name):
-    with pytest.raises(ConfigError, match="device name .* cannot be used; take letters"):
+    with pytest.raises(ConfigError, match=r"device name .* cannot be used; take letters"):
         Provisioner(tmp_path / "out").begin([HOST], ["pi-01", name])
     assert not (tmp_path / "out").exists()
 
@@ -150,7 +150,7 @@ def test_revoking_names_whom_it_does_not_know(fleet):
 
 def test_without_its_authority_a_server_cannot_be_renewed(fleet):
     (fleet.out / "authority" / "ca.key").unlink()
-    with pytest.raises(ConfigError, match="there is no authority's key, .*put it back from a"):
+    with pytest.raises(ConfigError, match=r"there is no authority's key, .*put it back from a"):
         fleet.renew()
 
 
@@ -172,7 +172,7 @@ def test_where_nothing_is_it_says_how_to_begin(tmp_path):
 )
 def test_a_registry_that_is_none_is_refused_whole(fleet, content):
     fleet.server.registry_path.write_text(content)
-    with pytest.raises(ConfigError, match="registry .*devices.toml cannot be read"):
+    with pytest.raises(ConfigError, match=r"registry .*devices.toml cannot be read"):
         devices(fleet)
 
 
@@ -231,6 +231,6 @@ def test_a_disk_that_cannot_be_written_is_named(fleet, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     before = contents(fleet.out)
-    with pytest.raises(ConfigError, match="cannot write .*: No space left on device; free space"):
+    with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device; free space"):
         fleet.revoke(["pi-01"])
     assert contents(fleet.out) == before
