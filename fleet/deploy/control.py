@@ -11,6 +11,8 @@ from fleet.errors import FleetError
 
 UNREGISTERED = "unregistered"
 
+_RECENT_RUNS = 100
+
 
 class ControlError(FleetError):
     """The SuperLink did not do what it was asked.
@@ -134,6 +136,19 @@ class Control:
             raise
         status = listed.run_dict[run_id].status
         return FlowerRun(status.status, status.sub_status, status.details)
+
+    def unfinished(self, run_dir: str) -> int | None:
+        """Flower's number of the run that goes on in a folder; None if none does."""
+        from flwr.common.serde import user_config_from_proto
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        with _translated("list its runs"):
+            listed = self._client.ListRuns(ListRunsRequest(limit=_RECENT_RUNS))
+        for run in listed.run_dict.values():
+            there = user_config_from_proto(run.override_config).get("run-dir")
+            if there == run_dir and run.status.status != "finished":
+                return run.run_id
+        return None
 
     def stop_run(self, run_id: int) -> None:
         """End a run."""

@@ -134,12 +134,8 @@ class Supervisor:
         self._stop.set()
 
     def restart(self, name: str, reason: str) -> None:
-        """End a child; it is started again at once."""
-        running = self._named(name)
-        if running.alive:
-            _log.warning("%s is started again: %s", name, reason)
-            running.end()
-        running.start_at = 0.0
+        """Let a child be ended and started again, soon; may be called from any thread."""
+        self._named(name).restart_for = reason
 
     def uptime(self, name: str) -> float | None:
         """Seconds that a child has been running; None while it is not."""
@@ -167,6 +163,7 @@ class _Running:
         self.started = 0.0
         self.starts = 0
         self.start_at = 0.0  # not before; of the monotonic clock
+        self.restart_for = ""
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._output: _Output | None = None
@@ -178,6 +175,11 @@ class _Running:
 
     def keep(self) -> None:
         """See whether it has ended, and start it if its time has come."""
+        reason, self.restart_for = self.restart_for, ""
+        if self.alive and reason:
+            _log.warning("%s is started again: %s", self.child.name, reason)
+            self.end()
+            self.start_at = 0.0
         if self.alive:
             return
         if self._process is not None:
