@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,8 @@ from fleet.deploy.flower_process import (
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.server import answers
 from fleet.deploy.service_manager import notify
-from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.superlink import STATUS_PATH
+from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.errors import ConfigError
 
 SUPERNODE = "supernode"

@@ -67,6 +67,8 @@ def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
     if ending.code == HALF_DEAD:
         return Diagnosis(f"it was alive in part only ({last_error(ending.tail)})", 0.0)
     if any(_NOT_ACTIVATED in line for line in ending.tail):
+        if seen.status != "online":  # its key came, or its minute was over, just now
+            return Diagnosis("the server did not let this device in then, and does now", 0.0)
         return Diagnosis(
             "the server still counts this device as online from before; it lets it in within a "
             "minute",

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import logging.handlers
 import os
+import re
 import subprocess
 import threading
 import time
@@ -25,6 +26,8 @@ from fleet.errors import ConfigError
 LOG_BYTES, LOG_FILES = 2_000_000, 3  # of each child, on a device's card
 TAIL_LINES = 80
 STOP_SECONDS = 12.0  # Flower forces its own end after 5 s
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _log = logging.getLogger(__name__)
 
@@ -250,7 +253,7 @@ class _Output:
     def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError), self._pipe:
             for raw in self._pipe:
-                line = raw.decode(errors="replace").rstrip()
+                line = _COLOURS.sub("", raw.decode(errors="replace")).rstrip()
                 self._tail.append(line)
                 self._log.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO}))
 
@@ -300,5 +303,5 @@ def _log_file(path: Path) -> logging.Handler:
             f"another folder with --state"
         ) from error
     handler.handleError = lambda record: None
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     return handler
