@@ -14,6 +14,7 @@ from fleet.deploy.client import ClientOptions, Watchdog
 from fleet.deploy.device_status import Seen
 from fleet.deploy.diagnosis import diagnose
 from fleet.deploy.flower_process import node_config
+from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.supernode import HALF_DEAD
 from fleet.deploy.supervisor import Ending
@@ -178,11 +179,17 @@ def test_data_that_is_no_folder_is_refused(tmp_path):
 
 
 def test_a_second_client_in_the_same_state_is_refused(options):
-    from fleet.deploy.one_at_a_time import alone_in
+    with (
+        alone_in(options.state, "fleet client"),
+        pytest.raises(ConfigError, match=r"another fleet client runs in .* already"),
+    ):
+        module.run_client(options, lambda stop: None)
 
-    with alone_in(options.state, "fleet client"):
-        with pytest.raises(ConfigError, match=r"another fleet client runs in .* already"):
-            module.run_client(options, lambda stop: None)
+
+def test_what_watches_over_a_device_loads_neither_pytorch_nor_flower():
+    code = "import sys, fleet.cli, fleet.deploy.client; print({'torch', 'flwr'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def supernode(code):

@@ -76,11 +76,12 @@ def test_a_signature_for_flower_is_none_for_us_nor_ours_for_flower(device):
 
 def test_a_question_that_somebody_kept_is_not_answered(device, monkeypatch):
     headers = signed_headers(device[1])
+    today = datetime.datetime
 
     class Tomorrow(datetime.datetime):
         @classmethod
         def now(cls, zone=None):
-            return datetime.datetime.now(zone) + datetime.timedelta(days=1, seconds=5)
+            return today.now(zone) + datetime.timedelta(days=1, seconds=5)
 
     monkeypatch.setattr(module.datetime, "datetime", Tomorrow)
     assert asking_key(headers) is None

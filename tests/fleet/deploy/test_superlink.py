@@ -13,8 +13,6 @@ OUTSIDE, LOOPBACK = ("192.168.1.77", 40000), ("127.0.0.1", 40000)
 def http(path, client, **more):
     return {"type": "http", "path": path, "client": client, "headers": [], **more}
 
-    return sorted({route.path for route in create_app().routes if hasattr(route, "path")})
-
 
 def test_from_outside_a_flower_superlink_serves_devices_alone():
     from fastapi.routing import iter_route_contexts
