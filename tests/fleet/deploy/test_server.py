@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_a_renewed_certificate_is_taken_up(options, monkeypatch, tmp_path):
 def test_an_expiry_that_is_near_is_told(options, monkeypatch, caplog):
     monkeypatch.setattr(module, "EXPIRES_SOON_DAYS", 1000)
     Attendant(options, FakeSupervisor(uptime=None))._go_round()
-    assert "the server's certificate expires in 824 days; renew it" in caplog.text
+    assert re.search(r"server.s certificate expires in 82[45] days; renew it", caplog.text)
 
 
 def test_devices_are_looked_after_when_the_registry_changes(options, monkeypatch, tmp_path):
