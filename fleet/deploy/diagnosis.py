@@ -74,6 +74,8 @@ def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
             "minute",
             SOON_SECONDS,
         )
+    if ending.code == 0:  # what Flower does when it is refused, and nobody has asked it to end
+        return Diagnosis("the server refused its key or clock then, and does not now", 0.0)
     return Diagnosis(last_error(ending.tail), 0.0)
 
 

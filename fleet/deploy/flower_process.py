@@ -43,11 +43,6 @@ def flower_environment(home: Path, poll_seconds: float, **more: str) -> dict[str
     }
 
 
-def flower_command(name: str, *arguments: object) -> list[str]:
-    """A command of Flower's, of the environment that this Python runs in."""
-    return [str(Path(sys.executable).parent / name), *map(str, arguments)]
-
-
 def own_command(module: str, *arguments: object) -> list[str]:
     """A module of the project as a program; the working directory is not searched for it."""
     return [sys.executable, "-P", "-m", module, *map(str, arguments)]

@@ -5,7 +5,6 @@ never made to wait, and the attendant, which talks with the SuperLink.
 """
 
 import logging
-import os
 import secrets
 import ssl
 import sys
@@ -22,7 +21,6 @@ from fleet.deploy.certificates import expiry
 from fleet.deploy.control import Control, ControlError
 from fleet.deploy.flower_process import (
     SERVER_POLL_SECONDS,
-    flower_command,
     flower_environment,
     own_command,
 )
@@ -143,11 +141,10 @@ def _children(options: ServerOptions) -> list[Child]:
         "--disable-runtime-dependency-installation",
         *tls,
     )
-    superexec = flower_command(
-        "flower-superexec",
+    superexec = own_command(
+        "fleet.deploy.superexec",
         *("--runtime-api-address", options.here),
         *("--superexec-auth-secret-file", secret.resolve()),
-        *("--parent-pid", os.getpid()),
         *verify,
     )
     return [

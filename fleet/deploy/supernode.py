@@ -26,6 +26,7 @@ _WATCH_SECONDS = 2.0
 _GRACE_SECONDS = 8.0  # Flower tells the server goodbye, and forces its own end after 5 s
 
 _log = logging.getLogger("flwr")
+_half_dead = threading.Event()
 
 
 def main() -> None:
@@ -36,9 +37,13 @@ def main() -> None:
     sys.argv[0] = "flower-supernode"
     from flwr.supernode.cli import flower_supernode
 
-    flower_supernode()
-    _log.error("the SuperNode's main loop has ended, see above")
-    os._exit(HALF_DEAD)  # its server's thread would keep the process
+    try:
+        flower_supernode()
+        _log.error("the SuperNode's main loop has ended, see above")
+        _half_dead.set()
+    finally:
+        if _half_dead.is_set():
+            os._exit(HALF_DEAD)  # its server's thread would keep the process
 
 
 def _end_for_thread(hook: threading.ExceptHookArgs) -> None:
@@ -65,6 +70,7 @@ def _watch_superexec() -> None:
 
 def _end() -> None:
     """Say goodbye to the server as on SIGTERM, so that it takes this node back at once."""
+    _half_dead.set()
     threading.Timer(_GRACE_SECONDS, os._exit, [HALF_DEAD]).start()
     os.kill(os.getpid(), signal.SIGTERM)
 

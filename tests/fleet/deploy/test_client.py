@@ -55,6 +55,7 @@ def ending(code, *tail):
         (1, (), Seen("unreachable", problem="timed out"), r"cannot be reached \(timed out\)", 5),
         (HALF_DEAD, ("ERROR: x died", "y"), Seen("online", 0.0), r"in part only \(ERROR: x", 0),
         (1, ("starting", "ValueError: odd", "bye"), Seen("online", 0.0), "ValueError: odd", 0),
+        (0, ("INFO : bye",), Seen("offline", 0.0), "refused its key or clock then", 0),
         (-9, (), Seen("online", 0.0), "it said nothing", 0),
     ],
 )
@@ -195,10 +196,11 @@ def test_what_watches_over_a_device_loads_neither_pytorch_nor_flower():
 def supernode(code):
     """The wrapper of the SuperNode around something that is none, as its own process."""
     program = f"""
-import sys, threading, types
+import signal, sys, threading, types
 from fleet.deploy import supernode
 supernode._WATCH_SECONDS = 0.05
-supernode._GRACE_SECONDS = 0.3
+supernode._GRACE_SECONDS = 20.0
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Flower does
 fake = types.ModuleType("flwr.supernode.cli")
 def flower_supernode():
 {code}
@@ -213,12 +215,14 @@ supernode.main()
 
 def test_a_heartbeats_thread_that_dies_ends_the_supernode():
     ended = supernode("""
-    import signal, time
-    signal.signal(signal.SIGTERM, lambda *_: print("goodbye", flush=True))
+    import time
     def beat():
         raise RuntimeError("500 Internal Server Error")
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
-    while True: time.sleep(1)
+    try:
+        while True: time.sleep(1)
+    finally:
+        print("goodbye", flush=True)
 """)
     assert ended.returncode == HALF_DEAD
     assert "heartbeat has died" in ended.stderr and "500 Internal Server Error" in ended.stderr
@@ -235,8 +239,28 @@ def test_flowers_own_heartbeat_dies_of_a_500_and_ends_the_supernode():
     HeartbeatSender(beat).start()
     while True: time.sleep(1)
 """)
-    assert ended.returncode in (HALF_DEAD, -15), ended.stderr
+    assert ended.returncode == HALF_DEAD, ended.stderr
     assert "has died" in ended.stderr and "500 Internal Server Error" in ended.stderr
+
+
+def test_one_that_does_not_end_when_it_should_is_ended():
+    ended = supernode("""
+    import time
+    supernode._GRACE_SECONDS = 0.3
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=lambda: 1 / 0, name="heartbeat").start()
+    while True: time.sleep(1)
+""")
+    assert ended.returncode == HALF_DEAD
+
+
+def test_one_that_is_told_to_end_is_not_half_dead():
+    ended = supernode("""
+    import os, time
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    while True: time.sleep(1)
+""")
+    assert ended.returncode == 0
 
 
 def test_a_main_loop_that_ends_ends_the_supernode_though_its_server_goes_on():
@@ -254,5 +278,5 @@ def test_a_superexec_that_dies_ends_the_supernode():
     child = subprocess.Popen([{sleep!r}, "0.4"])
     while True: time.sleep(1)
 """)
-    assert ended.returncode in (HALF_DEAD, -15)
+    assert ended.returncode == HALF_DEAD
     assert "the SuperExec has died" in ended.stderr
