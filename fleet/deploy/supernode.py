@@ -1,24 +1,30 @@
 """The SuperNode, made to end where Flower's would go on without effect.
 
-    python -m fleet.deploy.supernode ARGUMENTS    # those of flower-supernode
+    python -m fleet.deploy.supernode [--cold] ARGUMENTS    # those of flower-supernode
 
 In Flower 1.41 three faults leave a process that looks alive and takes no part any
 more: its heartbeat's thread dies of an answer it did not expect (500); its main
 loop ends on such an answer, while its local server keeps the process; the SuperExec
 that it started dies, and every task waits for ever. Each of them ends this process
 with `HALF_DEAD`, and whoever supervises it starts it again.
+
+ClientApps start warm (`clients.executor`), unless it is `--cold`: then each imports
+PyTorch anew, which takes longer, and less memory between rounds.
 """
 
+import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import psutil
 
-from fleet.deploy.flower_process import end_with_parent
+from fleet.deploy.flower_process import end_with_parent, own_command
+from fleet.deploy.supernode_link import improve
 
 HALF_DEAD = 70  # EX_SOFTWARE of sysexits.h
 
@@ -33,9 +39,15 @@ def main() -> None:
     """Run the SuperNode until it is told to end, is half dead, or its parent is gone."""
     end_with_parent()
     threading.excepthook = _end_for_thread
+    options, arguments = _read_arguments()
+    if not options.cold:
+        _start_warm_superexec(f"{options.host}:{options.port}")
+        arguments += ["--isolation", "process"]
     threading.Thread(target=_watch_superexec, name="superexec-watch", daemon=True).start()
-    sys.argv[0] = "flower-supernode"
+    sys.argv = ["flower-supernode", *arguments]
     from flwr.supernode.cli import flower_supernode
+
+    improve()
 
     try:
         flower_supernode()
@@ -44,6 +56,26 @@ def main() -> None:
     finally:
         if _half_dead.is_set():
             os._exit(HALF_DEAD)  # its server's thread would keep the process
+
+
+def _read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Our own, and Flower's: the address that tasks find the SuperNode at is both's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", required=True)
+    options, others = parser.parse_known_args()
+    return options, [*others, "--host", options.host, "--port", options.port]
+
+
+def _start_warm_superexec(address: str) -> None:
+    """It ends with this process, as the one that Flower would start."""
+    subprocess.Popen(
+        own_command(
+            "clients.executor",
+            *("--runtime-api-address", address, "--insecure", "--parent-pid", os.getpid()),
+        )
+    )
 
 
 def _end_for_thread(hook: threading.ExceptHookArgs) -> None:

@@ -200,6 +200,7 @@ import signal, sys, threading, types
 from fleet.deploy import supernode
 supernode._WATCH_SECONDS = 0.05
 supernode._GRACE_SECONDS = 20.0
+sys.argv = ["supernode", "--cold", "--host", "127.0.0.1", "--port", "9"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Flower does
 fake = types.ModuleType("flwr.supernode.cli")
 def flower_supernode():
