@@ -88,7 +88,7 @@ def python_finding(
     check, seen = "Python", f"{'.'.join(map(str, version))} in {prefix}"
     if version[:2] < OLDEST_PYTHON:
         return Finding(
-            check, PROBLEM, seen, "needs 3.11 or later; Raspberry Pi OS bookworm has 3.11"
+            check, PROBLEM, seen, "needs 3.11 or later; Raspberry Pi OS bookworm has it"
         )
     if version[:2] > NEWEST_PYTHON:
         return Finding(
