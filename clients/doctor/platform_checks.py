@@ -87,9 +87,7 @@ def python_finding(
     """Whether this Python has packages, and can have an environment of its own."""
     check, seen = "Python", f"{'.'.join(map(str, version))} in {prefix}"
     if version[:2] < OLDEST_PYTHON:
-        return Finding(
-            check, PROBLEM, seen, "needs 3.11 or later; Raspberry Pi OS bookworm has it"
-        )
+        return Finding(check, PROBLEM, seen, "needs 3.11 or later; Raspberry Pi OS bookworm has it")
     if version[:2] > NEWEST_PYTHON:
         return Finding(
             check, PROBLEM, seen, "constraints-pi.txt's PyTorch has no wheel for it; use 3.13"

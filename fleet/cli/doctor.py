@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,9 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fleet.cli.options import format_option
-
-if TYPE_CHECKING:
-    from clients.doctor import Finding
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "unknown": "dim"}
 
@@ -55,22 +51,22 @@ def command(
     Ends with 1 if something blocks. Where nothing is installed yet, python3 -m
     clients.doctor does the same from a checkout.
     """
-    from clients.doctor import PROBLEM, Subject, diagnose, report
-
-    subject = Subject(bundle, server, ca, data, state, cache)
-    console = Console(stderr=True)
-    with console.status("looking at this device") as status:
-        findings = diagnose(subject, lambda name: status.update(f"looking at {name}"))
-    if output_format == "json":
-        click.echo(json.dumps(report(findings), indent=2))
-    else:
-        _print_table(findings)
-    sys.exit(any(finding.state == PROBLEM for finding in findings))
-
-
-def _print_table(findings: "Sequence[Finding]") -> None:
+    from clients.doctor import Subject, diagnose, report
     from clients.doctor.findings import verdict
 
+    subject = Subject(bundle, server, ca, data, state, cache)
+    with Console(stderr=True).status("looking at this device") as status:
+        findings = diagnose(subject, lambda name: status.update(f"looking at {name}"))
+    told = report(findings)
+    if output_format == "json":
+        click.echo(json.dumps(told, indent=2))
+    else:
+        _print_table(told["findings"])
+        click.echo(f"\n{verdict(findings)}")
+    sys.exit(0 if told["ready"] else 1)
+
+
+def _print_table(findings: Sequence[Mapping[str, str]]) -> None:
     console = Console()
     if not console.is_terminal:  # a file has no edge to wrap at
         console = Console(width=200)
@@ -78,8 +74,6 @@ def _print_table(findings: "Sequence[Finding]") -> None:
     for column in ("state", "check", "fact", "remedy"):
         table.add_column(column, overflow="fold", no_wrap=column in ("state", "check"))
     for finding in findings:
-        style = _STYLES[finding.state]
-        texts = (finding.check, finding.fact, finding.remedy)
-        table.add_row(Text(finding.state, style), *map(Text, texts))
+        state, *texts = (finding[key] for key in ("state", "check", "fact", "remedy"))
+        table.add_row(Text(state, _STYLES[state]), *map(Text, texts))
     console.print(table)
-    console.print(f"\n{verdict(findings)}", highlight=False, markup=False)
