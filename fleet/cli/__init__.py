@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from fleet.cli import compare, doctor, measure, plan, report, simulate
+from fleet.cli import compare, doctor, measure, plan, report, service, simulate
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.errors import FleetError
@@ -28,5 +28,5 @@ def main() -> None:
     """Fine-tune mobile CNNs on fleets of small devices."""
 
 
-for _module in (simulate, compare, report, plan, measure, doctor):
+for _module in (simulate, compare, report, plan, measure, doctor, service):
     main.add_command(_module.command)
