@@ -11,6 +11,8 @@ import os
 import socket
 from functools import cache
 
+SECONDS = 5.0  # for systemd to take a message: a full queue must not hold up the supervision
+
 
 def ready(status: str = "") -> None:
     """The service is up; systemd starts what comes after it.
@@ -54,7 +56,7 @@ def _send(state: str, status: str) -> None:
     message = f"{state}\nSTATUS={' '.join(status.split())}" if status else state
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.settimeout(5)  # a full queue must not hold up the supervision
+            sender.settimeout(SECONDS)
             sender.sendto(message.encode(), address)
     except OSError as error:
         _warn(f"systemd does not take {state} at {os.environ['NOTIFY_SOCKET']}: {error}")

@@ -86,7 +86,8 @@ def client_service(
         command=[program(), *map(str, command)],
         user=user,
         state=state,
-        readable=[bundle, data, *program_folders()],
+        program=program_folders(),
+        readable=[bundle, data],
         memory_max=memory_max,
         oom_score_adjust=300,  # rather than what else the device is for
         devices=devices,
@@ -138,7 +139,7 @@ def server_service(
         command=[program(), "server", *given, *arguments],
         user=user,
         state=state,
-        readable=program_folders(),
+        program=program_folders(),
         writable=[folder, *(path.resolve() for path in writable)],
         memory_max=memory_max,
         devices=devices,

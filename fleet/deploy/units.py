@@ -60,7 +60,8 @@ class Service:
         command: the program, absolute, and its arguments.
         user: whom it runs as.
         state: folder that it writes to, and that is its home.
-        readable: paths that it reads, if they are hidden otherwise.
+        program: folders that the command itself is read from.
+        readable: further paths that it reads.
         writable: further folders that it writes to.
         memory_max: as systemd takes it: `80%`, `1500M`, `infinity`.
         oom_score_adjust: −1000 to 1000; the kernel ends the highest first.
@@ -68,6 +69,7 @@ class Service:
         low_port: whether it listens on a port below 1024.
         clock: units that tell when the clock is right; it starts after them.
         systemd_version: which the unit is for.
+        environment: further variables, beside `HOME`.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Service:
     command: Sequence[str]
     user: str
     state: Path
+    program: Sequence[Path] = ()
     readable: Sequence[Path] = ()
     writable: Sequence[Path] = ()
     memory_max: str = "infinity"
@@ -96,7 +99,16 @@ class Service:
             raise ConfigError(
                 f"memory-max must be like 80%, 1500M, 2G or infinity, got {self.memory_max!r}"
             )
-        for path in (self.state, *self.readable, *self.writable, Path(self.command[0])):
+        if not self.description.isprintable():
+            raise ConfigError(f"description {self.description!r} must be one line of text")
+        for name, value in self.environment.items():
+            if not re.fullmatch(r"""[^"\\\x00-\x1f\x7f]*""", value):
+                raise ConfigError(
+                    f"environment {name}={value!r} contains a quote, a backslash or a control "
+                    f"character; leave it out"
+                )
+        paths = (self.state, *self.program, *self.readable, *self.writable)
+        for path in (*paths, Path(self.command[0])):
             check_path(path)
 
 
@@ -178,7 +190,10 @@ def _unit_settings(service: Service) -> list[tuple[str, str]]:
         ("Wants", " ".join(wanted)),
         ("After", " ".join(after)),
         # A disk that is mounted late, or a stick: systemd waits for it.
-        *_paths("RequiresMountsFor", [service.state, *service.readable, *service.writable]),
+        *_paths(
+            "RequiresMountsFor",
+            dict.fromkeys((service.state, *service.readable, *service.writable)),
+        ),
         ("StartLimitIntervalSec", "0"),  # restarted for ever
     ]
 
@@ -236,13 +251,19 @@ def _resources(service: Service) -> list[tuple[str, str]]:
 def _folders(service: Service) -> list[tuple[str, str]]:
     """What it may write, and what it sees at all of what the sandbox hides."""
     writable = _outermost([service.state, *service.writable])
-    readable = [p for p in service.readable if not any(p.is_relative_to(w) for w in writable)]
+    readable = [
+        path
+        for path in _outermost([*service.program, *service.readable])
+        if hidden(path) and not any(path.is_relative_to(folder) for folder in writable)
+    ]
+    made_state = service.state if made_by_systemd(service.state) else None
+    open_ones = [path for path in writable if not hidden(path) and path != made_state]
     return [
         *_state_directory(service.state),
-        *_paths("ReadWritePaths", [p for p in writable if not hidden(p)]),
+        *_paths("ReadWritePaths", open_ones),
         *_paths("BindPaths", filter(hidden, writable)),
         # Whether these are there is for the program to say.
-        *_paths("BindReadOnlyPaths", filter(hidden, _outermost(readable)), optional=True),
+        *_paths("BindReadOnlyPaths", readable, optional=True),
     ]
 
 
