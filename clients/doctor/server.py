@@ -169,7 +169,7 @@ def _verify(server: Server) -> tuple[dict[str, object] | None, float | None, str
     except ssl.SSLCertVerificationError as error:
         return None, None, error.verify_message, error.verify_code
     except (ssl.SSLError, OSError) as error:
-        if getattr(error, "reason", None) in _PLAIN_ANSWERS or isinstance(error, ConnectionError):
+        if getattr(error, "reason", None) in _PLAIN_ANSWERS:
             return None, None, f"{server} does not speak TLS", _NO_TLS
         return None, None, f"no TLS connection: {_reason(error)}", 0
 
@@ -179,7 +179,6 @@ _PLAIN_ANSWERS = (
     "WRONG_VERSION_NUMBER",
     "RECORD_LAYER_FAILURE",
     "PACKET_LENGTH_TOO_LONG",
-    "UNEXPECTED_EOF_WHILE_READING",
     "HTTP_REQUEST",
 )
 

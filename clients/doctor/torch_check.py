@@ -9,12 +9,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
+import fleet
 from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding
 from clients.doctor.readings import size
 
 SECONDS = 300  # a Pi reads PyTorch from its SD card for half a minute
-INSTALL = "pip install -c constraints-pi.txt torch torchvision"
+CONSTRAINTS = "constraints-pi.txt"
 
 # A 3 × 3 conv of ones over ones is 9 per input channel, and so is its weight's gradient per pixel.
 _PROBE = """
@@ -33,6 +35,14 @@ print(json.dumps({
     "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
 }))
 """
+
+
+def install_command() -> str:
+    """Installs the PyTorch that this project was tried with on devices."""
+    package = Path(fleet.__file__).parent  # a wheel carries the file there, a checkout beside it
+    places = (package / CONSTRAINTS, package.parent / CONSTRAINTS)
+    path = next((str(place) for place in places if place.exists()), CONSTRAINTS)
+    return f"pip install -c {path} torch torchvision"
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,10 @@ def torch_finding(probe: Probe, project_installed: bool) -> Finding:
     check, name = "PyTorch", f"torch {probe.installed}"
     if probe.installed is None:
         if project_installed:
-            return Finding(check, PROBLEM, f"not installed in {sys.prefix}", INSTALL)
-        return Finding(check, UNKNOWN, "not installed yet", f"with the project, or: {INSTALL}")
+            return Finding(check, PROBLEM, f"not installed in {sys.prefix}", install_command())
+        return Finding(
+            check, UNKNOWN, "not installed yet", f"with the project, or: {install_command()}"
+        )
     if probe.returncode is None:
         return Finding(
             check,
@@ -107,16 +119,16 @@ def torch_finding(probe: Probe, project_installed: bool) -> Finding:
             "look for a slow or failing SD card (dmesg), or free memory",
         )
     if probe.returncode < 0:
-        return Finding(check, PROBLEM, f"{name}: {_crash(-probe.returncode)}", INSTALL)
+        return Finding(check, PROBLEM, f"{name}: {_crash(-probe.returncode)}", install_command())
     if probe.returncode or not probe.output:
         return Finding(
             check,
             PROBLEM,
             f"{name} cannot be imported with torchvision: {probe.fault or 'no reason given'}",
-            INSTALL,
+            install_command(),
         )
     if not probe.output["right"]:
-        return Finding(check, PROBLEM, f"{name}: a conv of ones came out wrong", INSTALL)
+        return Finding(check, PROBLEM, f"{name}: a conv of ones came out wrong", install_command())
     return _build_finding(probe)
 
 
@@ -135,7 +147,7 @@ def _build_finding(probe: Probe) -> Finding:
     if probe.machine not in ("aarch64", "arm64"):
         return Finding("PyTorch", OK, seen)
     remove = f"pip uninstall {' '.join(probe.cuda_packages)}; " if probe.cuda_packages else ""
-    return Finding("PyTorch", WARNING, f"{seen}: gigabytes for nothing", remove + INSTALL)
+    return Finding("PyTorch", WARNING, f"{seen}: gigabytes for nothing", remove + install_command())
 
 
 def _crash(number: int) -> str:

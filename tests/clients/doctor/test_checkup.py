@@ -66,6 +66,38 @@ def test_where_nothing_is_named_a_finding_says_what_to_name(quick, tmp_path):
     assert found["data"].remedy == "give --data DIR"
 
 
+def test_the_server_is_that_of_the_bundle_with_the_authority_in_it(
+    quick, authority, serve, tmp_path
+):
+    server = serve(authority)
+    folder = tmp_path / "pi-01"
+    folder.mkdir()
+    (folder / "bundle.toml").write_text(f'version = 1\nname = "pi-01"\nserver = "{server}"\n')
+    (folder / "ca.crt").write_text(authority.pem)
+    (folder / "device.key").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (folder / "device.key").chmod(0o600)
+    by_bundle = diagnose(Subject(bundle=folder, state=tmp_path))
+    states = {f.check: f.state for f in by_bundle}
+    expected = dict.fromkeys(("bundle", "server", "certificate", "clock"), "ok")
+    assert {check: states[check] for check in expected} == expected
+    by_name = diagnose(Subject(server=str(server), authority=authority.path, state=tmp_path))
+    (certificate,) = (f for f in by_name if f.check == "certificate")
+    assert certificate in by_bundle
+
+
+def test_a_bundle_or_an_authority_that_cannot_be_read_is_a_problem_with_its_way_out(
+    quick, tmp_path
+):
+    (tmp_path / "b.tar.gz").write_bytes(b"no archive")
+    found = {f.check: f for f in diagnose(Subject(bundle=tmp_path / "b.tar.gz", state=tmp_path))}
+    assert found["bundle"].state == found["server"].state == "problem"
+    assert found["bundle"].remedy == "copy the bundle from the server again"
+    gone = Subject(server="a:1", authority=tmp_path / "ca.crt", state=tmp_path)
+    found = {f.check: f for f in diagnose(gone)}
+    assert found["server"].state == "problem"
+    assert found["server"].remedy == "copy ca.crt from the server"
+
+
 def test_what_contradicts_itself_is_refused():
     with pytest.raises(ConfigError, match="--bundle names its own server; leave out --server"):
         Subject(bundle=Path("b"), server="a:1")

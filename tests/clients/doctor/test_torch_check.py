@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from clients.doctor.torch_check import INSTALL, Probe, probe_torch, torch_finding
+from clients.doctor import torch_check
+from clients.doctor.torch_check import Probe, install_command, probe_torch, torch_finding
 
 TOLD = {
     "version": "2.9.1",
@@ -35,7 +36,7 @@ def test_a_crash_in_the_other_process_is_told_by_its_signal(tmp_path, monkeypatc
     probe = probe_torch("aarch64")
     assert probe.returncode == -number
     found = torch_finding(probe, project_installed=True)
-    assert (found.state, found.remedy) == ("problem", INSTALL)
+    assert (found.state, found.remedy) == ("problem", install_command())
     assert signal.Signals(number).name in found.fact
     assert found.fact.startswith(f"torch {torch.__version__.split('+')[0]}")
 
@@ -59,7 +60,7 @@ def test_what_lies_in_the_current_folder_is_not_taken_for_pytorch(tmp_path, monk
 def test_pytorch_that_is_not_there_blocks_only_once_the_project_is(monkeypatch):
     before = torch_finding(Probe(None), project_installed=False)
     assert (before.state, before.fact) == ("unknown", "not installed yet")
-    assert before.remedy == f"with the project, or: {INSTALL}"
+    assert before.remedy == f"with the project, or: {install_command()}"
     after = torch_finding(Probe(None), project_installed=True)
     assert (after.state, after.fact) == ("problem", f"not installed in {sys.prefix}")
 
@@ -83,8 +84,7 @@ def test_cuda_on_a_device_that_has_none_is_named_with_the_way_out(machine, usabl
     assert found.state == state
     if state == "warning":
         assert "built for CUDA 12.8, which this machine has not (2 packages" in found.fact
-        assert found.remedy == f"pip uninstall nvidia-cublas nvidia-cudnn; {INSTALL}"
-        assert "-c constraints-pi.txt" in found.remedy
+        assert found.remedy == f"pip uninstall nvidia-cublas nvidia-cudnn; {install_command()}"
 
 
 def test_a_wrong_result_blocks():
@@ -96,3 +96,14 @@ def test_an_import_that_takes_for_ever_is_a_warning():
     found = torch_finding(replace(WELL, returncode=None), project_installed=True)
     assert found.state == "warning"
     assert found.fact == "torch 2.9.1 was not imported within 300 s"
+
+
+@pytest.mark.parametrize("place", ["fleet", "."])
+def test_the_constraints_are_named_where_they_lie(tmp_path, monkeypatch, place):
+    """A wheel carries them inside the package, a checkout beside it; else the name has to do."""
+    (tmp_path / "fleet").mkdir()
+    monkeypatch.setattr(torch_check.fleet, "__file__", str(tmp_path / "fleet/__init__.py"))
+    assert install_command() == "pip install -c constraints-pi.txt torch torchvision"
+    path = tmp_path / place / "constraints-pi.txt"
+    path.touch()
+    assert install_command() == f"pip install -c {path} torch torchvision"
