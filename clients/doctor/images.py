@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding
@@ -44,7 +45,13 @@ def images_finding(data: str, *, readable: bool) -> Finding:
     told = read_as_client(data)
     if told is None:
         listed = listed_finding(Path(data).expanduser())
-        return Finding(listed.check, listed.state, f"{listed.fact}, not opened", listed.remedy)
+        if listed.state != UNKNOWN:
+            return listed
+        return replace(
+            listed,
+            fact=f"{listed.fact}; the client's own reader did not run, or took over {SECONDS} s",
+            remedy="see the line about PyTorch, or try again with fewer images",
+        )
     return read_finding(data, told)
 
 

@@ -59,9 +59,8 @@ def machine_finding(machine: Machine) -> Finding:
     """Whether there are packages for this machine: 64-bit kernel and user space, glibc."""
     check, seen = "64-bit", f"{machine.kernel} kernel, {machine.bits}-bit Python, {machine.name}"
     if machine.bits < 64 or machine.kernel in KERNELS_32:
-        why = "a 64-bit kernel alone does not do" if machine.kernel in WHEELS else _FLASH
-        remedy = f"{why}; {_FLASH}" if why != _FLASH else why
-        return Finding(check, PROBLEM, seen, remedy)
+        not_enough = "a 64-bit kernel alone does not do; " if machine.kernel in WHEELS else ""
+        return Finding(check, PROBLEM, seen, f"{not_enough}{_FLASH}")
     if machine.kernel not in WHEELS:
         return Finding(
             check, PROBLEM, seen, f"PyTorch has no wheels for it; use one of {', '.join(WHEELS)}"

@@ -55,7 +55,7 @@ class Probe:
         output: what that process printed as JSON.
         fault: the last line that it printed as error.
         machine: the kernel's architecture.
-        cuda_packages: NVIDIA's packages that are installed.
+        cuda_packages: those of CUDA that are installed.
     """
 
     installed: str | None
@@ -75,7 +75,7 @@ def probe_torch(machine: str, python: str = sys.executable) -> Probe:
         sorted(
             name
             for distribution in metadata.distributions()
-            if (name := str(distribution.metadata["Name"])).startswith("nvidia-")
+            if (name := str(distribution.metadata["Name"])).startswith(("nvidia-", "cuda-"))
         )
     )
     returncode, output, fault = _run_probe(python)
@@ -143,7 +143,7 @@ def _build_finding(probe: Probe) -> Finding:
         return Finding("PyTorch", OK, seen)
     seen += f", built for CUDA {told['cuda']}, which this machine has not"
     if probe.cuda_packages:
-        seen += f" ({len(probe.cuda_packages)} packages of NVIDIA's)"
+        seen += f" ({len(probe.cuda_packages)} packages of CUDA)"
     if probe.machine not in ("aarch64", "arm64"):
         return Finding("PyTorch", OK, seen)
     remove = f"pip uninstall {' '.join(probe.cuda_packages)}; " if probe.cuda_packages else ""

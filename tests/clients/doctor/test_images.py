@@ -66,3 +66,13 @@ def test_many_classes_are_shortened(tmp_path):
     for i in range(15):
         (tmp_path / f"class-{i:02}").mkdir()
     assert listed_finding(tmp_path).fact.endswith("class-11 0, and 3 more classes")
+
+
+def test_where_pytorch_crashes_files_are_listed(folder, monkeypatch, tmp_path_factory):
+    code = tmp_path_factory.mktemp("crash")
+    (code / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.syspath_prepend(str(code))
+    found = images_finding(str(folder), readable=True)
+    assert found.state == "unknown"
+    assert found.fact.startswith(f"15 files in {folder}: cat 6, dog 9; the client's own reader")
+    assert found.remedy.startswith("see the line about PyTorch")
