@@ -4,7 +4,19 @@ from typing import Any
 
 import click
 
-from fleet.cli import client, compare, measure, plan, provision, report, run, server, simulate
+from fleet.cli import (
+    client,
+    compare,
+    doctor,
+    measure,
+    plan,
+    provision,
+    report,
+    run,
+    server,
+    service,
+    simulate,
+)
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.errors import FleetError
@@ -28,5 +40,10 @@ def main() -> None:
     """Fine-tune mobile CNNs on fleets of small devices."""
 
 
-for _module in (simulate, compare, report, plan, measure, provision, server, client, run):
+_LIBRARY = (measure, plan)
+_SIMULATIONS = (simulate, compare, report)
+_SERVER = (provision, server, run)
+_DEVICE = (client, doctor)
+
+for _module in (*_LIBRARY, *_SIMULATIONS, *_SERVER, *_DEVICE, service):
     main.add_command(_module.command)

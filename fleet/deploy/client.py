@@ -24,9 +24,9 @@ from fleet.deploy.flower_process import (
     node_config,
     own_command,
 )
+from fleet.deploy.notify import alive, ready, stopping
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.server import answers
-from fleet.deploy.service_manager import notify
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.errors import ConfigError
@@ -122,9 +122,10 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
         )
         thread.start()
         try:
-            supervisor.run(lambda: notify("READY=1\nWATCHDOG=1"))
+            ready()
+            supervisor.run(alive)
         finally:
-            notify("STOPPING=1")
+            stopping()
             watchdog.stop()
             thread.join(timeout=1.0)
             _log.info("client has ended")

@@ -25,11 +25,11 @@ from fleet.deploy.flower_process import (
     own_command,
 )
 from fleet.deploy.membership import Membership
+from fleet.deploy.notify import alive, ready, stopping
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import EXPIRES_SOON_DAYS, ServerFolder, days_left
 from fleet.deploy.registry import read_devices
 from fleet.deploy.run_keeper import RunKeeper
-from fleet.deploy.service_manager import notify
 from fleet.deploy.supervisor import Backoff, Child, Supervisor
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError, FleetError
@@ -112,7 +112,7 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         try:
             supervisor.run(lambda: _tell_systemd(attendant))
         finally:
-            notify("STOPPING=1")
+            stopping()
             attendant.stop()
             thread.join(timeout=10.0)
             _log.info("server has ended")
@@ -160,7 +160,9 @@ def _where(options: ServerOptions) -> str:
 
 def _tell_systemd(attendant: "Attendant") -> None:
     if time.monotonic() - attendant.came_round < _STUCK_SECONDS:
-        notify("READY=1\nWATCHDOG=1" if attendant.answered else "WATCHDOG=1")
+        alive()
+        if attendant.answered:
+            ready()
 
 
 @dataclass
