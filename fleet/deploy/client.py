@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fleet.config import Value
+from fleet.deploy import notify
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import Bundle
 from fleet.deploy.device_status import Asker, Seen
@@ -26,7 +27,6 @@ from fleet.deploy.flower_process import (
 )
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.server import answers
-from fleet.deploy.service_manager import notify
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.errors import ConfigError
@@ -120,9 +120,10 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
         )
         thread.start()
         try:
-            supervisor.run(lambda: notify("READY=1\nWATCHDOG=1"))
+            notify.ready()
+            supervisor.run(notify.alive)
         finally:
-            notify("STOPPING=1")
+            notify.stopping()
             watchdog.stop()
             thread.join(timeout=1.0)
             _log.info("client has ended")

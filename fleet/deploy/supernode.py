@@ -7,6 +7,12 @@ more: its heartbeat's thread dies of an answer it did not expect (500); its main
 loop ends on such an answer, while its local server keeps the process; the SuperExec
 that it started dies, and every task waits for ever. Each of them ends this process
 with `HALF_DEAD`, and whoever supervises it starts it again.
+
+A fourth one leaves it a step behind for good. The main loop takes a message, waits for
+a reply, and sends what there is. If a run ends while its message is being fetched, the
+loop does not wait for that reply; from then on it sends each time the reply to the
+message before, and the server waits in vain for the last one. So here the loop also
+sends when it has found no message and a reply lies there.
 """
 
 import logging
@@ -15,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import psutil
 
@@ -23,6 +30,7 @@ from fleet.deploy.flower_process import end_with_parent
 HALF_DEAD = 70  # EX_SOFTWARE of sysexits.h
 
 _WATCH_SECONDS = 2.0
+_LATE = 0  # in place of a run's number
 _GRACE_SECONDS = 8.0  # Flower tells the server goodbye, and forces its own end after 5 s
 
 _log = logging.getLogger("flwr")
@@ -35,8 +43,10 @@ def main() -> None:
     threading.excepthook = _end_for_thread
     threading.Thread(target=_watch_superexec, name="superexec-watch", daemon=True).start()
     sys.argv[0] = "flower-supernode"
+    from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
 
+    send_late_replies(start_client_internal)
     try:
         flower_supernode()
         _log.error("the SuperNode's main loop has ended, see above")
@@ -44,6 +54,31 @@ def main() -> None:
     finally:
         if _half_dead.is_set():
             os._exit(HALF_DEAD)  # its server's thread would keep the process
+
+
+def send_late_replies(loop: Any) -> None:
+    """Let Flower's main loop send whatever reply is there, message or no message.
+
+    Args:
+        loop: the module `flwr.supernode.start_client_internal`.
+    """
+    pull = loop._pull_and_store_message
+
+    def pull_or_send(state: Any, **others: Any) -> int | None:
+        run_id = pull(state=state, **others)
+        # The loop goes on to send for any number; nothing else depends on which.
+        return _LATE if run_id is None and has_unsent_reply(state) else run_id
+
+    loop._pull_and_store_message = pull_or_send
+
+
+def has_unsent_reply(state: Any) -> bool:
+    """Whether a reply lies in a SuperNode's store; unlike Flower's question, it takes none out."""
+    with state.lock_msg_store:
+        return any(
+            entry.message.metadata.reply_to_message_id and not entry.is_retrieved
+            for entry in state.msg_store.values()
+        )
 
 
 def _end_for_thread(hook: threading.ExceptHookArgs) -> None:

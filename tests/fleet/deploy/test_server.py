@@ -1,4 +1,3 @@
-import os
 import re
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from fleet.deploy.app_bundle import app_files, build_app
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
-from fleet.deploy.service_manager import notify
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError
 
@@ -197,19 +195,6 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     holder.kill()
     holder.wait()
     assert not somebody_in(tmp_path / "s")
-
-
-def test_systemd_is_told_over_its_socket(tmp_path, monkeypatch):
-    path = str(tmp_path / "s")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind(path)
-        monkeypatch.setenv("NOTIFY_SOCKET", path)
-        notify("READY=1")
-        assert listening.recv(100) == b"READY=1"
-    os.unlink(path)
-    notify("READY=1")  # systemd is gone: nothing happens
-    monkeypatch.delenv("NOTIFY_SOCKET")
-    notify("READY=1")
 
 
 def test_the_app_holds_what_server_and_devices_run_and_nothing_of_simulations():
