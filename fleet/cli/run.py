@@ -196,11 +196,7 @@ def _standings(
 
 
 def _note(standing: "Standing") -> str:
-    from fleet.deploy.wishes import WAITING
-
-    if standing.status == WAITING and standing.submissions:
-        return f"the run was lost ({standing.reason}); it goes on from its checkpoint"
-    return ""
+    return "" if standing.over or not standing.reason else f"the run: {standing.reason}"
 
 
 def _show_list(wishes: "Wishes", output_format: str) -> None:

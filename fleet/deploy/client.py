@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fleet.config import Value
+from fleet.deploy import notify
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import Bundle
 from fleet.deploy.device_status import Asker, Seen
@@ -24,7 +25,6 @@ from fleet.deploy.flower_process import (
     node_config,
     own_command,
 )
-from fleet.deploy.notify import alive, ready, stopping
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.server import answers
 from fleet.deploy.superlink import STATUS_PATH
@@ -122,10 +122,10 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
         )
         thread.start()
         try:
-            ready()
-            supervisor.run(alive)
+            notify.ready()
+            supervisor.run(notify.alive)
         finally:
-            stopping()
+            notify.stopping()
             watchdog.stop()
             thread.join(timeout=1.0)
             _log.info("client has ended")

@@ -9,7 +9,7 @@ from typing import Any
 from fleet.deploy.addresses import Address
 from fleet.errors import FleetError
 
-UNREGISTERED = "unregistered"
+ONLINE, UNREGISTERED = "online", "unregistered"
 
 _RECENT_RUNS = 100
 

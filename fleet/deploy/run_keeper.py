@@ -3,7 +3,8 @@
 Flower marks a run failed if its SuperLink was away for long, or the process of its
 ServerApp has died. Such a run is submitted again and goes on from its checkpoint.
 One that fails by its own fault would fail for ever: it is given up once it has
-been lost three times in a row without a new round on record.
+been lost three times in a row without a new round on record. For want of devices it
+is never given up: it waits until there are enough.
 """
 
 import logging
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fleet.deploy.control import ControlError, FlowerRun
+from fleet.deploy.control import ONLINE, ControlError, FlowerRun, Node
 from fleet.deploy.wishes import (
     FAILED,
     FINISHED,
@@ -43,6 +44,8 @@ class Runs(Protocol):
     def unfinished(self, run_dir: str) -> int | None: ...
 
     def stop_run(self, run_id: int) -> None: ...
+
+    def nodes(self) -> list[Node]: ...
 
 
 class RunKeeper:
@@ -92,6 +95,9 @@ class RunKeeper:
         if standing.status == WAITING:
             if self._clock() < self._not_before.get(name, 0.0):
                 return standing
+            missing = _missing_devices(wish, control)
+            if missing:
+                return replace(standing, reason=missing)
             return self._submit(name, wish, standing, control)
         run = control.run(standing.flower_run)
         if run is not None and run.status != "finished":
@@ -100,7 +106,7 @@ class RunKeeper:
             return replace(standing, status=FINISHED, reason="")
         if run is not None and run.outcome == "stopped":
             return replace(standing, status=STOPPED, reason="it was stopped through Flower")
-        return self._lost(name, wish, standing, _why(run))
+        return self._lost(name, wish, standing, _why(run), _missing_devices(wish, control))
 
     def _submit(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
         # A server that was killed just after it had submitted finds the run in Flower's list.
@@ -121,10 +127,13 @@ class RunKeeper:
             flower_run=run_id,
             submissions=standing.submissions + 1,
             rounds=_rounds(wish),
+            reason="",
         )
 
-    def _lost(self, name: str, wish: Wish, standing: Standing, reason: str) -> Standing:
-        fruitless = 0 if _rounds(wish) > standing.rounds else standing.fruitless + 1
+    def _lost(
+        self, name: str, wish: Wish, standing: Standing, reason: str, missing: str
+    ) -> Standing:
+        fruitless = 0 if _rounds(wish) > standing.rounds else standing.fruitless + (not missing)
         if fruitless >= MOST_FRUITLESS:
             return replace(
                 standing,
@@ -134,6 +143,7 @@ class RunKeeper:
                 f"the last time: {reason}",
             )
         self._not_before[name] = self._clock() + PAUSE_SECONDS * 2**fruitless
+        reason = f"it was lost ({reason}) and goes on from its checkpoint"
         return replace(standing, status=WAITING, fruitless=fruitless, reason=reason)
 
 
@@ -143,6 +153,15 @@ def _stopped(standing: Standing, control: Runs) -> Standing:
         if run is not None and run.status != "finished":
             control.stop_run(standing.flower_run)
     return replace(standing, status=STOPPED, reason="it was asked to stop")
+
+
+def _missing_devices(wish: Wish, control: Runs) -> str:
+    """What there is to wait for, in words; empty if enough devices are online."""
+    online = sum(node.status == ONLINE for node in control.nodes())
+    wanted = int(wish.settings["min-clients"])
+    if online >= wanted:
+        return ""
+    return f"it waits for devices: {online} online, min-clients is {wanted}"
 
 
 def _why(run: FlowerRun | None) -> str:
@@ -162,11 +181,15 @@ def _rounds(wish: Wish) -> int:
 
 def _tell(name: str, now: Standing, before: Standing) -> None:
     if now.status == RUNNING:
-        again = "" if now.submissions == 1 else f", for the {now.submissions}th time"
-        _log.info("run %s is submitted%s (Flower's run %d)", name, again, now.flower_run)
+        _log.info(
+            "run %s is submitted (Flower's run %d, submission %d)",
+            name,
+            now.flower_run,
+            now.submissions,
+        )
     elif now.status == WAITING:
-        _log.warning("run %s was lost (%s); it goes on from its checkpoint", name, now.reason)
+        _log.warning("run %s: %s", name, now.reason)
     elif now.status == FAILED:
         _log.error("run %s has failed: %s", name, now.reason)
-    elif now.status != before.status:
+    else:
         _log.info("run %s has %s", name, now.status)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
-from fleet.deploy import private_files
+from fleet.deploy import notify, private_files
 from fleet.deploy.addresses import Address, is_loopback
 from fleet.deploy.certificates import expiry
 from fleet.deploy.control import Control, ControlError
@@ -25,7 +25,6 @@ from fleet.deploy.flower_process import (
     own_command,
 )
 from fleet.deploy.membership import Membership
-from fleet.deploy.notify import alive, ready, stopping
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import EXPIRES_SOON_DAYS, ServerFolder, days_left
 from fleet.deploy.registry import read_devices
@@ -112,7 +111,7 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         try:
             supervisor.run(lambda: _tell_systemd(attendant))
         finally:
-            stopping()
+            notify.stopping()
             attendant.stop()
             thread.join(timeout=10.0)
             _log.info("server has ended")
@@ -159,10 +158,11 @@ def _where(options: ServerOptions) -> str:
 
 
 def _tell_systemd(attendant: "Attendant") -> None:
+    if attendant.answered and not attendant.told_ready:
+        attendant.told_ready = True
+        notify.ready()
     if time.monotonic() - attendant.came_round < _STUCK_SECONDS:
-        alive()
-        if attendant.answered:
-            ready()
+        notify.alive()
 
 
 @dataclass
@@ -174,12 +174,14 @@ class Attendant:
         supervisor: of its processes.
         came_round: when it was last done, by the monotonic clock.
         answered: whether the SuperLink has ever answered.
+        told_ready: whether systemd knows.
     """
 
     options: ServerOptions
     supervisor: Supervisor
     came_round: float = field(default_factory=time.monotonic)
     answered: bool = False
+    told_ready: bool = False
 
     def __post_init__(self) -> None:
         self._stopped = threading.Event()

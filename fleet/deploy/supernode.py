@@ -48,7 +48,6 @@ def main() -> None:
     from flwr.supernode.cli import flower_supernode
 
     improve()
-
     try:
         flower_supernode()
         _log.error("the SuperNode's main loop has ended, see above")

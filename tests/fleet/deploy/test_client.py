@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from fleet.deploy.flower_process import node_config
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.supernode import HALF_DEAD
+from fleet.deploy.supernode_link import has_unsent_reply, send_late_replies
 from fleet.deploy.supervisor import Ending
 from fleet.errors import ConfigError
 
@@ -202,6 +204,7 @@ supernode._WATCH_SECONDS = 0.05
 supernode._GRACE_SECONDS = 20.0
 sys.argv = ["supernode", "--cold", "--host", "127.0.0.1", "--port", "9"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Flower does
+supernode.improve = lambda: None
 fake = types.ModuleType("flwr.supernode.cli")
 def flower_supernode():
 {code}
@@ -281,3 +284,67 @@ def test_a_superexec_that_dies_ends_the_supernode():
 """)
     assert ended.returncode == HALF_DEAD
     assert "the SuperExec has died" in ended.stderr
+
+
+@pytest.fixture
+def node_state():
+    """Flower's own store of a SuperNode."""
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    return NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+
+
+def put(node_state, message_id, reply_to=""):
+    metadata = SimpleNamespace(message_id=message_id, reply_to_message_id=reply_to, run_id=1)
+    node_state.store_message(SimpleNamespace(metadata=metadata))
+
+
+def test_a_reply_is_unsent_until_flower_takes_it(node_state):
+    put(node_state, "question")
+    assert not has_unsent_reply(node_state)
+    put(node_state, "answer", reply_to="question")
+    assert has_unsent_reply(node_state) and has_unsent_reply(node_state)
+    (taken,) = node_state.get_messages_legacy(is_reply=True)
+    assert taken.metadata.message_id == "answer"
+    assert not has_unsent_reply(node_state)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_flowers_loop_falls_a_step_behind_and_ours_does_not(node_state, monkeypatch, patched):
+    """As Flower's main loop goes: pull; if there was a message, send what replies there are.
+
+    A run ends as its message is being fetched, and the app answers it all the same.
+    """
+    from flwr.supernode import start_client_internal as loop
+
+    answers = {"ended": "late answer", "question": "answer"}
+    arriving = iter(["ended", "question", None, None])
+    sent = []
+
+    def pull(*, state, object_store):
+        message = next(arriving)
+        if message is not None:
+            put(state, message)
+            put(state, answers[message], reply_to=message)
+        return None if message in (None, "ended") else 7
+
+    monkeypatch.setattr(loop, "_pull_and_store_message", pull)
+    if patched:
+        send_late_replies(loop)
+    taken_first = iter([1, 9, 9, 9])  # Flower sends as soon as one reply is there
+    for _ in range(4):
+        if loop._pull_and_store_message(state=node_state, object_store=None) is not None:
+            replies = node_state.get_messages_legacy(is_reply=True, limit=next(taken_first))
+            sent += [reply.metadata.message_id for reply in replies]
+    assert sent == (["late answer", "answer"] if patched else ["late answer"])
+
+
+def test_this_flower_has_the_loop_that_is_mended():
+    import inspect
+
+    from flwr.supernode import start_client_internal as loop
+
+    assert "state" in inspect.signature(loop._pull_and_store_message).parameters
+    source = inspect.getsource(loop.start_client_internal)
+    assert "run_id = _pull_and_store_message(\n" in source and "if run_id is None:" in source

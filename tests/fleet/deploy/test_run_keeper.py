@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fleet.config import default_settings
-from fleet.deploy.control import ControlError, FlowerRun
+from fleet.deploy.control import ControlError, FlowerRun, Node
 from fleet.deploy.run_keeper import MOST_FRUITLESS, RunKeeper
 from fleet.deploy.wishes import Wish, Wishes
 from fleet.errors import ConfigError
@@ -20,6 +20,12 @@ class FakeFlower:
         self.submitted = []
         self.refusal = None
         self.away = False
+        self.online = 2
+
+    def nodes(self):
+        self._answer()
+        absent = Node(9, b"absent", "offline")
+        return [Node(i, b"%d" % i, "online") for i in range(self.online)] + [absent]
 
     def start_run(self, app, settings):
         self._answer()
@@ -129,7 +135,8 @@ def test_a_run_that_flower_lost_goes_on_from_its_checkpoint(wishes, flower, atte
     add_round(wishes, 0)
     flower.end("failed", "the SuperLink was away")
     lost = attend()
-    assert (lost.status, lost.reason) == ("waiting", "the SuperLink was away")
+    assert lost.status == "waiting"
+    assert lost.reason == "it was lost (the SuperLink was away) and goes on from its checkpoint"
     assert attend().status == "running"
     (_, first), (app, second) = flower.submitted
     assert second["resume"] is True and app == b"app"
@@ -174,6 +181,21 @@ def test_a_run_that_gets_on_is_never_given_up(wishes, flower, attend):
         flower.end("failed", "power cut")
         assert attend().status == "waiting"
     assert len(flower.submitted) == 10
+
+
+def test_for_want_of_devices_it_waits_and_is_never_given_up(wishes, flower, attend):
+    flower.online = 1
+    assert attend().status == attend().status == "waiting" and not flower.submitted
+    assert attend().reason == "it waits for devices: 1 online, min-clients is 2"
+    for _ in range(2 * MOST_FRUITLESS):
+        flower.online = 2
+        assert attend().status == "running"
+        flower.online = 0
+        flower.end("failed", "0 clients are online after 600 s")
+        assert (attend().status, attend().fruitless) == ("waiting", 0)
+    flower.online = 2
+    standing = attend()
+    assert (standing.status, standing.reason) == ("running", "")
 
 
 def test_two_losses_with_a_round_between_do_not_add_up(wishes, flower, attend):
