@@ -46,7 +46,8 @@ def check_record(run_dir, tmp_path):
     assert not record.summary_path.exists()
     assert f"<td>{last}</td>" in record.page_path.read_text()
     assert {path.name for path in run_dir.iterdir()} <= {
-        *("config.toml", "rounds.jsonl", "model.safetensors", "report.html", "clients")
+        *("config.toml", "rounds.jsonl", "model.safetensors", "report.html", "clients"),
+        "checkpoints",
     }
     again = ("simulate", str(record.config_path), "--run-dir", str(tmp_path / "again"))
     result = CliRunner().invoke(main, [*again, "--rounds", str(last)])
