@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.memory import ClientMemory, state_directory
+from clients.round_memory import RoundMemory
 from fleet.config import RunConfig, Value, budget
 from fleet.errors import ConfigError
+from fleet.message import Task
 from fleet.planner import MIB, available_bytes
 
 SIMULATED_STATE = "clients"  # in the folder of the run
@@ -54,6 +56,17 @@ class Client:
         if mib == "auto":
             return available_bytes(round(config.reserve_mib * MIB))
         return None if mib == "off" else round(mib * MIB)
+
+    def round_memory(self, task: Task, evaluates: bool = False) -> RoundMemory:
+        """What this client remembers of a task's run, as it was before the task's round.
+
+        Args:
+            evaluates: whether the round's training is over.
+
+        Raises:
+            UpdateError: if the run's id is none.
+        """
+        return RoundMemory(self.memory(task.run), task.server_round, evaluates)
 
     def memory(self, run: str) -> ClientMemory:
         """What this client remembers of a run; a simulated one does so in the run's folder.

@@ -41,8 +41,8 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    config, memory = client.config, client.memory(task.run)
-    backbone, plan, state = receive(client, task, download)
+    config, memory = client.config, client.round_memory(task)
+    backbone, plan, state = receive(client, task, download, memory)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
@@ -87,7 +87,8 @@ def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    backbone, plan, _ = receive(client, task, download)
+    memory = client.round_memory(task, evaluates=True)
+    backbone, plan, _ = receive(client, task, download, memory)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
     return evaluate(
         TransferModel(backbone, plan),
