@@ -38,6 +38,11 @@ class Client:
             fallback = f"client-{int(node_config['partition-id']):04d}"
         return cls(str(node_config.get("name", fallback)), node_config, config)
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it is one of the partitions of a run's data, not a device with its own."""
+        return "partition-id" in self.node_config
+
     def blocks(self, widest: int) -> int:
         """How many of the plan's blocks this client trains."""
         if "blocks" in self.node_config:
