@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.memory import ClientMemory, state_directory
+from clients.round_memory import RoundMemory
 from fleet.config import RunConfig, Value, budget
 from fleet.errors import ConfigError
+from fleet.message import Task
 from fleet.planner import MIB, available_bytes
 
 SIMULATED_STATE = "clients"  # in the folder of the run
@@ -36,6 +38,11 @@ class Client:
             fallback = f"client-{int(node_config['partition-id']):04d}"
         return cls(str(node_config.get("name", fallback)), node_config, config)
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether it is one of the partitions of a run's data, not a device with its own."""
+        return "partition-id" in self.node_config
+
     def blocks(self, widest: int) -> int:
         """How many of the plan's blocks this client trains."""
         if "blocks" in self.node_config:
@@ -54,6 +61,17 @@ class Client:
         if mib == "auto":
             return available_bytes(round(config.reserve_mib * MIB))
         return None if mib == "off" else round(mib * MIB)
+
+    def round_memory(self, task: Task, evaluates: bool = False) -> RoundMemory:
+        """What this client remembers of a task's run, as it was before the task's round.
+
+        Args:
+            evaluates: whether the round's training is over.
+
+        Raises:
+            UpdateError: if the run's id is none.
+        """
+        return RoundMemory(self.memory(task.run), task.server_round, evaluates)
 
     def memory(self, run: str) -> ClientMemory:
         """What this client remembers of a run; a simulated one does so in the run's folder.

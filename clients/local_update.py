@@ -9,6 +9,7 @@ import numpy as np
 from clients.client import Client
 from clients.device import device_metrics
 from clients.feedback import encode_update
+from clients.journal import note, noted
 from clients.local_data import local_data, relabel
 from clients.model import receive
 from clients.personal import keep_gradients, keep_norms, objective
@@ -31,6 +32,26 @@ def enrol(client: Client) -> Enrolment:
 
 
 def train_task(client: Client, task: Task, download: Download) -> tuple[Payload, dict[str, Any]]:
+    """The update of a round: `train_once`, or what it made of this task before.
+
+    A simulated client trains again, to the same end; it costs less than to keep
+    every client's update.
+
+    Raises:
+        FleetError: as `train_once`.
+    """
+    if client.is_simulated:
+        return train_once(client, task, download)
+    memory = client.memory(task.run)
+    before = noted(memory, task, download)
+    if before is not None:
+        return before[0], dict(before[1])
+    payload, metrics = train_once(client, task, download)
+    note(memory, task, download, payload, metrics)
+    return payload, metrics
+
+
+def train_once(client: Client, task: Task, download: Download) -> tuple[Payload, dict[str, Any]]:
     """Train from the server's state.
 
     Returns:
@@ -41,8 +62,8 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    config, memory = client.config, client.memory(task.run)
-    backbone, plan, state = receive(client, task, download)
+    config, memory = client.config, client.round_memory(task)
+    backbone, plan, state = receive(client, task, download, memory)
     training, _ = local_data(client.node_config, config.data, config.seed)
     narrow, local, facts = _within_budget(client, backbone, plan)
     # Cut where the widest plan is: what lies above changes from round to round.
@@ -87,7 +108,8 @@ def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     Raises:
         FleetError: if plan, state or data do not fit this client.
     """
-    backbone, plan, _ = receive(client, task, download)
+    memory = client.round_memory(task, evaluates=True)
+    backbone, plan, _ = receive(client, task, download, memory)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
     return evaluate(
         TransferModel(backbone, plan),

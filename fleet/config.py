@@ -328,6 +328,7 @@ class RunConfig:
     federation: FederationConfig
     seed: int = setting("seed", "decides partition, sampling and the order of images")
     run_dir: str = setting("run-dir", "where records go; empty: a new folder in runs/")
+    resume: bool = setting("resume", "go on from the checkpoint in run-dir")
     state_dir: str = setting(
         "state-dir",
         "where a client remembers a run between rounds; empty: $FLEET_STATE or "
@@ -337,6 +338,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), got {self.seed}")
+        if self.resume and not self.run_dir:
+            raise ConfigError("resume is on and run-dir is empty; name the run's folder")
         self._check_local_norms()
         self._check_pull()
 

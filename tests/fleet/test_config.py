@@ -31,7 +31,11 @@ def test_every_default_lands_under_its_own_name():
     for key, kind, _ in describe_settings():
         if kind is str:
             continue
-        needs = {"views": {"augmentation": "flip"}, "local-norms": {"evaluation": "clients"}}
+        needs = {
+            "views": {"augmentation": "flip"},
+            "local-norms": {"evaluation": "clients"},
+            "resume": {"run-dir": "runs/first"},
+        }
         value = probes[kind](default_settings()[key])
         settings = default_settings() | needs.get(key, {}) | {key: value}
         assert read_config(settings).as_settings() == settings
