@@ -1,6 +1,5 @@
 """The ServerApp: reads the configuration and wires the parts."""
 
-import json
 import math
 import secrets
 from collections import Counter
@@ -23,6 +22,7 @@ from fleet.report import write_page
 from fleet.signals import signals_held
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
+from fleet.trained import facts_of
 from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
@@ -163,8 +163,4 @@ def _backbone(config: RunConfig, classes: tuple[str, ...]) -> Backbone:
 
 def _facts(backbone: Backbone, classes: tuple[str, ...]) -> dict[str, str]:
     """What is needed to use the model again."""
-    return {
-        "backbone": backbone.name,
-        "image_size": str(backbone.preprocessing.image_size),
-        "classes": json.dumps(classes),
-    }
+    return facts_of(backbone.name, backbone.model, classes, backbone.preprocessing)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from fleet.cli import compare, measure, plan, report, simulate
+from fleet.cli import compare, export, measure, plan, predict, report, simulate
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.errors import FleetError
@@ -28,5 +28,5 @@ def main() -> None:
     """Fine-tune mobile CNNs on fleets of small devices."""
 
 
-for _command in (simulate.command, compare.command, report.command, plan.command, measure.command):
-    main.add_command(_command)
+for _module in (simulate, compare, report, export, predict, plan, measure):
+    main.add_command(_module.command)
