@@ -102,6 +102,7 @@ def read_trained(path: Path) -> TrainedModel:
         image_size=told["image_size"],
         weights=str(path),
     )
+    _check_head(path, f"{loaded.steps[-1].name}.weight", len(classes))
     _check_digest(path, loaded.model, facts.get("digest"))
     preprocessing = loaded.preprocessing if len(told) == 1 else Preprocessing(**told)
     return TrainedModel(
@@ -168,6 +169,19 @@ def _preprocessing(path: Path, facts: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError(
             f"{path} does not tell how images are prepared: {error!r}; export the model anew"
         ) from error
+
+
+def _check_head(path: Path, name: str, classes: int) -> None:
+    """`load_backbone` starts a head of another size afresh, which predicts nothing."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        outputs = file.get_slice(name).get_shape()[0] if name in file.keys() else 0  # noqa: SIM118
+    if outputs != classes:
+        raise ConfigError(
+            f"{path} has a head of {outputs} outputs and names {classes} classes; export the model "
+            f"anew"
+        )
 
 
 def _check_digest(path: Path, model: nn.Module, told: str | None) -> None:
