@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from clients.client import Client
+from clients.last_model import keep_model
 from clients.memory import ClientMemory
 from clients.personal import load_norms, pretrained_norms
 from fleet.backbones import Backbone, backbone_of
@@ -75,6 +76,8 @@ def receive(
         memory.write("version", state.tensors, {"plan": own.plan.digest})
     load(own.backbone.model, state)
     load_norms(own.backbone.model, own.plan, memory, own.norms)
+    if state.first_not_finite() is None:
+        keep_model(client, own.backbone, task.classes)
     return own.backbone, own.plan, state
 
 

@@ -87,7 +87,7 @@ def read_trained(path: Path) -> TrainedModel:
     Raises:
         ConfigError: as `trained_model`.
     """
-    facts = _facts(path)
+    facts = read_facts(path)
     backbone, classes = facts.get("backbone"), _classes(facts.get("classes"))
     if not backbone or classes is None or "image_size" not in facts:
         raise ConfigError(
@@ -132,7 +132,12 @@ def _model_file(path: Path) -> Path:
     return record.model_path
 
 
-def _facts(path: Path) -> Mapping[str, str]:
+def read_facts(path: Path) -> Mapping[str, str]:
+    """The metadata of a `.safetensors` file, its tensors unread.
+
+    Raises:
+        ConfigError: if it is none.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

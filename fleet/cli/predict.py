@@ -45,11 +45,12 @@ def command(
         raise click.UsageError("name at least one IMAGE behind RUN")
     from fleet.inference import predict
 
+    model = source
     if state is not None:
         from clients.last_model import newest_model
 
-        source = newest_model(state)
-    found = predict(source, images, top=top)
+        source, model = newest_model(state)
+    found = predict(model, images, top=top)
     if output_format == "json":
         click.echo(to_json({"model": str(source), "predictions": _values(found)}, indent=2))
     else:
