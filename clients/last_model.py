@@ -25,7 +25,7 @@ def keep_model(client: Client, backbone: Backbone, classes: tuple[str, ...]) -> 
         backbone: with the received state in it, which is finite.
         classes: the server's.
     """
-    if "partition-id" in client.node_config:
+    if client.simulated:
         return
     trained = TrainedModel(
         backbone=backbone.name,
