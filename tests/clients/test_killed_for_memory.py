@@ -4,7 +4,7 @@ The training runs in a process of its own, run as
 
 python tests/clients/test_killed_for_memory.py STATE IMAGES hang|limit
 
-which, before its second step, stays until it is killed, or may grow no further
+which, before its third step, stays until it is killed, or may grow no further
 (RLIMIT_DATA) than 4 MiB.
 """
 
@@ -35,14 +35,14 @@ CLASSES = ("cat", "dog")
 BLOCKS = 11  # all of MobileNetV3-Small's
 
 
-def train(state, images, server_round=1, **settings):
+def train(state, images, server_round=1, method="mobiletl", **settings):
     """One round on a device; blocks of its update, and its metrics."""
     own = {
         "backbone": "mobilenet_v3_small",
         "weights": "none",
         "image-size": 96,
         "local-epochs": 2,
-        "batch-size": 16,
+        "batch-size": 8,
         "blocks": BLOCKS,
         "state-dir": str(state),
         "cache": "off",
@@ -51,7 +51,7 @@ def train(state, images, server_round=1, **settings):
         7, {"name": "attic", "data": str(images)}, read_config(default_settings() | own | settings)
     )
     backbone = load_backbone("mobilenet_v3_small", num_classes=2, image_size=96, weights="none")
-    plan = make_plan(backbone, method="mobiletl", blocks=BLOCKS)
+    plan = make_plan(backbone, method=method, blocks=BLOCKS)
     download = Versions(capture(backbone.model, plan), "float32").download(None)
     task = Task(plan.summary(), CLASSES, server_round, "ab12")
     payload, metrics = train_task(client, task, download)
@@ -66,7 +66,7 @@ def start(state, images, end):
 
 def killed(state, images):
     child = start(state, images, "hang")
-    assert child.stdout.readline() == "in the second step\n", child.stderr.read()
+    assert child.stdout.readline() == "in the third step\n", child.stderr.read()
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
@@ -94,8 +94,8 @@ def test_a_training_that_gets_no_more_memory_is_refused_and_planned_smaller(imag
         pytest.skip("this system does not hold a process to RLIMIT_DATA")
     assert child.returncode == 0, err
     reason = json.loads(out.splitlines()[-1])
-    assert reason.startswith(f"training {BLOCKS} blocks at batch 16 ran out of memory beyond ")
-    then = train(state, images, 2)
+    assert reason.startswith(f"training {BLOCKS} blocks at batch 8 ran out of memory beyond ")
+    then = train(state, images, 2, method="blocks")
     assert then["killed-before"] == 1
     assert then["planned-peak-bytes"] <= then["memory-limit-bytes"]
 
@@ -112,22 +112,22 @@ def test_a_limit_below_the_floor_is_a_refusal_until_it_has_risen(image_folder, t
 
 
 class Hang(Cooling):
-    """Stays in the second step."""
+    """Stays before the third step."""
 
     calls = 0
 
     def __call__(self):
         self.calls += 1
-        if self.calls == 2:
+        if self.calls == 3:
             self.happen()
 
     def happen(self):
-        print("in the second step", flush=True)
+        print("in the third step", flush=True)
         signal.pause()
 
 
 class Limit(Hang):
-    """From the second step on the system gives no more memory."""
+    """From the third step on the system gives no more memory."""
 
     def happen(self):
         status = Path("/proc/self/status").read_text().splitlines()
@@ -146,6 +146,8 @@ if __name__ == "__main__":
     attempts._VMSTAT = Path("/nowhere")
     local_update.Cooling = {"hang": Hang, "limit": Limit}[end]
     try:
-        train(state, images)
+        # By stock autograd, which asks for much at once: a system that refuses a little
+        # ends PyTorch in C++, where nothing can be told.
+        train(state, images, method="blocks" if end == "limit" else "mobiletl")
     except ConfigError as error:
         print(json.dumps(str(error)))
