@@ -87,6 +87,8 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     if config.federation.objective == "feddyn":
         sent = _parameters(decode(payload, narrow), narrow)
         keep_gradients(config.federation, sent, plan, memory, task)
+    if training.skipped:
+        metrics["skipped-images"] = training.skipped
     told = share.metrics() | learnt.metrics() | cooling.metrics() | device_metrics()
     return payload, metrics | told
 
