@@ -8,8 +8,10 @@ from fleet.cli import (
     client,
     compare,
     doctor,
+    export,
     measure,
     plan,
+    predict,
     provision,
     report,
     run,
@@ -40,10 +42,10 @@ def main() -> None:
     """Fine-tune mobile CNNs on fleets of small devices."""
 
 
-_LIBRARY = (measure, plan)
 _SIMULATIONS = (simulate, compare, report)
 _SERVER = (provision, server, run)
 _DEVICE = (client, doctor)
+_LIBRARY = (measure, plan, export, predict)
 
-for _module in (*_LIBRARY, *_SIMULATIONS, *_SERVER, *_DEVICE, service):
+for _module in (*_SIMULATIONS, *_SERVER, *_DEVICE, service, *_LIBRARY):
     main.add_command(_module.command)
