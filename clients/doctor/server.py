@@ -144,6 +144,8 @@ def clock_finding(reading: Reading) -> Finding:
     remedy = "sudo timedatectl set-ntp true, here and on the server"
     if ahead - grain >= AHEAD_SECONDS or -ahead - grain >= BEHIND_SECONDS:
         return Finding(check, PROBLEM, f"{seen}; {limits}", remedy)
+    if grain >= AHEAD_SECONDS:
+        return Finding(check, UNKNOWN, f"{reading.server} answered too slowly to tell, {seen}")
     if ahead + grain >= AHEAD_SECONDS or -ahead - grain >= NOTED_SECONDS:
         return Finding(check, WARNING, f"{seen}; {limits}", remedy)
     return Finding(check, OK, f"within {abs(ahead) + grain:.0f} s of the server's")

@@ -24,8 +24,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,30}")
 _MEMORY = re.compile(r"[1-9][0-9]*(?:[KMGT]|%)?|infinity")
 
-# What neither a server nor a client has any use for. MemoryDenyWriteExecute is not among it:
-# oneDNN compiles its kernels as they are needed.
+# What neither a server nor a client has any use for. Not among it are MemoryDenyWriteExecute, as
+# oneDNN compiles its kernels when it needs them, and ProtectProc: Flower's SuperExec makes itself
+# undumpable, and would be hidden from the SuperNode that watches over it.
 _SANDBOX = (
     ("NoNewPrivileges", "yes"),
     ("ProtectSystem", "strict"),
@@ -36,7 +37,6 @@ _SANDBOX = (
     ("ProtectKernelModules", "yes"),
     ("ProtectKernelLogs", "yes"),
     ("ProtectControlGroups", "yes"),
-    ("ProtectProc", "invisible"),
     ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6 AF_NETLINK"),
     ("RestrictNamespaces", "yes"),
     ("RestrictRealtime", "yes"),

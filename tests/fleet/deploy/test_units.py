@@ -185,6 +185,15 @@ def test_only_what_the_sandbox_hides_is_bound_in_and_only_the_state_is_written()
     assert values(SERVER, "StateDirectory") == []
 
 
+@BOTH
+def test_what_would_break_flower_or_pytorch_is_not_forbidden(service):
+    """Seen with systemd 252: a SuperNode that cannot see its SuperExec ends itself."""
+    keys = {key for key, _ in settings(unit_text(service))}
+    assert keys.isdisjoint(
+        {"ProtectProc", "ProcSubset", "MemoryDenyWriteExecute", "PrivateNetwork"}
+    )
+
+
 def test_what_lies_in_a_writable_folder_is_not_bound_twice():
     service = replace(
         SERVER,
