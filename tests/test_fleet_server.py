@@ -103,7 +103,7 @@ def test_both_devices_train_their_own_blocks_on_their_own_images_in_both_rounds(
 
 def test_the_run_went_on_over_a_superlink_that_was_killed(deployment):
     log = deployment.processes.log("server")
-    assert "superlink was killed by signal 9; started again in" in log
+    assert "superlink was killed by signal 9: " in log
     assert not psutil.pid_exists(deployment.killed)
     assert "run first has finished" in log
     state = (deployment.provisioner.server.runs_path / "first.state.toml").read_text()

@@ -19,6 +19,7 @@ from fleet.deploy import notify, private_files
 from fleet.deploy.addresses import Address, is_loopback
 from fleet.deploy.certificates import expiry
 from fleet.deploy.control import Control, ControlError
+from fleet.deploy.diagnosis import Diagnosis, last_error
 from fleet.deploy.flower_process import (
     SERVER_POLL_SECONDS,
     flower_environment,
@@ -147,8 +148,14 @@ def _children(options: ServerOptions) -> list[Child]:
         *verify,
     )
     return [
-        Child(SUPERLINK, lambda: superlink, environment, backoff=Backoff(first=0.2, most=15.0)),
-        Child(SUPEREXEC, lambda: superexec, environment, backoff=Backoff(first=0.2, most=15.0)),
+        Child(
+            name,
+            lambda command=command: command,
+            environment,
+            judge=lambda ending: Diagnosis(last_error(ending.tail), pause=0.0),
+            backoff=Backoff(first=0.2, most=15.0),
+        )
+        for name, command in ((SUPERLINK, superlink), (SUPEREXEC, superexec))
     ]
 
 
