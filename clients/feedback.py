@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from clients.memory import ClientMemory
+from clients.round_memory import RoundMemory
 from fleet.codec import Payload, encode, encode_with_feedback, parse_codec
 from fleet.plan import UpdatePlan
 from fleet.state import Arrays
@@ -16,7 +16,7 @@ def encode_update(
     widest: UpdatePlan,
     codec: str,
     seed: Sequence[int],
-    memory: ClientMemory,
+    memory: RoundMemory,
 ) -> Payload:
     """Encode an update, and remember what it leaves out.
 
@@ -30,7 +30,7 @@ def encode_update(
         widest: the server's plan, of which any earlier plan was a part.
         codec: of a codec without feedback nothing is remembered.
         seed: of stochastic rounding.
-        memory: the client's of this run.
+        memory: the client's of this round.
 
     Raises:
         UpdateError: if the update is not finite.
@@ -43,7 +43,7 @@ def encode_update(
     return payload
 
 
-def _left_out(memory: ClientMemory, widest: UpdatePlan) -> Arrays:
+def _left_out(memory: RoundMemory, widest: UpdatePlan) -> Arrays:
     """What earlier updates left out; nothing, if the run has another plan by now."""
     remembered = memory.read(_PART)
     if remembered is None or remembered.facts.get("plan") != widest.digest:

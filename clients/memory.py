@@ -31,7 +31,8 @@ STALE_SECONDS = 3600  # after that, a file that was not finished never will be
 
 _RUN = re.compile(r"[0-9a-f]{1,64}")
 _PART = re.compile(r"[a-z0-9][a-z0-9-]*")
-_NO_FACTS: Mapping[str, str] = MappingProxyType({})
+_SUFFIX = ".safetensors"
+NO_FACTS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ClientMemory:
             )
         self._directory = Path(directory)
         self._run = self._directory / run
-        self._folder = self._run / _file_name(client)
+        self._folder = self._run / file_name(client)
 
     def read(self, part: str) -> Remembered | None:
         """What was written last; None if nothing was, or it is damaged.
@@ -100,7 +101,7 @@ class ClientMemory:
             self.forget(part)
             return None
 
-    def write(self, part: str, tensors: Arrays, facts: Mapping[str, str] = _NO_FACTS) -> None:
+    def write(self, part: str, tensors: Arrays, facts: Mapping[str, str] = NO_FACTS) -> None:
         """Remember a part in place of what it was; it is on the disk once this returns.
 
         Killed at any moment, it leaves either what was there before or the new.
@@ -149,10 +150,27 @@ class ClientMemory:
                 f"cannot remove {path}: {_reason(error)}; give write permission there"
             ) from error
 
+    def parts(self) -> list[str]:
+        """Names of the parts that are there.
+
+        Raises:
+            ConfigError: if the folder cannot be read.
+        """
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {self._folder}: {_reason(error)}; make it readable for this user, "
+                f"or set state-dir to another folder"
+            ) from error
+        return [n.removesuffix(_SUFFIX) for n in names if n.endswith(_SUFFIX)]
+
     def _path(self, part: str) -> Path:
         if not _PART.fullmatch(part):
             raise ValueError(f"a part's name is of small letters, digits and hyphens, got {part!r}")
-        return self._folder / f"{part}.safetensors"
+        return self._folder / f"{part}{_SUFFIX}"
 
     def _make_folder(self) -> None:
         if not self._run.is_dir():
@@ -167,7 +185,7 @@ def state_directory(setting: str) -> Path:
     return Path(where).expanduser()
 
 
-def _file_name(client: str) -> str:
+def file_name(client: str) -> str:
     """A name that every file system takes, and that no other client has.
 
     What can be read of it is for people; the digest tells clients apart, also

@@ -8,8 +8,9 @@ from functools import lru_cache
 import numpy as np
 
 from clients.client import Client
-from clients.memory import ClientMemory
+from clients.last_model import keep_model
 from clients.personal import load_norms, pretrained_norms
+from clients.round_memory import RoundMemory
 from fleet.backbones import Backbone, backbone_of
 from fleet.codec import FULL_STATE, Download, follow, parse_codec
 from fleet.config import ModelConfig
@@ -17,6 +18,8 @@ from fleet.message import Task
 from fleet.plan import UpdatePlan, agreed_plan
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
+
+_VERSION = "version"  # part of the memory: the state received last
 
 
 @dataclass(frozen=True)
@@ -60,30 +63,43 @@ def agree(client: Client, task: Task) -> Model:
 
 
 def receive(
-    client: Client, task: Task, download: Download
+    client: Client, task: Task, download: Download, memory: RoundMemory
 ) -> tuple[Backbone, UpdatePlan, TrainableState]:
     """Own backbone with the server's state and own norms in it.
+
+    Args:
+        memory: the client's of this round, where the state is kept if later ones
+            come as steps from it.
 
     Raises:
         FleetError: if the plans do not agree, or the state is none.
         UnknownVersion: if this client holds no version that the steps start from.
     """
     own = agree(client, task)
-    memory = client.memory(task.run)
     state = follow(download, own.plan, _held(memory, own))
     if parse_codec(client.config.federation.codec_down) != parse_codec(FULL_STATE):
-        memory.write("version", state.tensors, {"plan": own.plan.digest})
+        _keep_version(state, download.versions[-1], memory)
     load(own.backbone.model, state)
     load_norms(own.backbone.model, own.plan, memory, own.norms)
+    if state.first_not_finite() is None:
+        keep_model(client, own.backbone, task.classes)
     return own.backbone, own.plan, state
 
 
-def _held(memory: ClientMemory, own: Model) -> Iterator[TrainableState]:
-    """States that the server's steps may start from: the last received, the pretrained one."""
-    remembered = memory.read("version")
-    if remembered is not None and remembered.facts["plan"] == own.plan.digest:
-        yield TrainableState(own.plan, remembered.tensors)
+def _held(memory: RoundMemory, own: Model) -> Iterator[TrainableState]:
+    """States that the server's steps may start from: those received, the pretrained one."""
+    for remembered in memory.history(_VERSION):
+        if remembered.facts["plan"] == own.plan.digest:
+            yield TrainableState(own.plan, remembered.tensors)
     yield own.initial
+
+
+def _keep_version(state: TrainableState, version: str, memory: RoundMemory) -> None:
+    """Remember a state, unless it is what was remembered last, as in a round without a step."""
+    last = memory.read(_VERSION)
+    facts = {"plan": state.plan.digest, "version": version}
+    if last is None or last.facts != facts:
+        memory.write(_VERSION, state.tensors, facts)
 
 
 # Whatever a client trains, the next task's state and norms overwrite: one model serves

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from clients.memory import ClientMemory
+from clients.round_memory import RoundMemory
 from fleet.config import FederationConfig
 from fleet.message import Task
 from fleet.objective import Proximal, feddyn, fedprox, next_gradients
@@ -18,7 +18,7 @@ _BEFORE, _SENT = "before.", "sent."  # prefixes of the tensors of one
 
 
 def load_norms(
-    model: nn.Module, plan: UpdatePlan, memory: ClientMemory | None, pretrained: Arrays
+    model: nn.Module, plan: UpdatePlan, memory: RoundMemory | None, pretrained: Arrays
 ) -> None:
     """Give a model the client's own norms, in place; without a memory the pretrained ones.
 
@@ -39,7 +39,7 @@ def load_norms(
 
 
 def keep_norms(
-    model: nn.Module, trained: UpdatePlan, plan: UpdatePlan, memory: ClientMemory
+    model: nn.Module, trained: UpdatePlan, plan: UpdatePlan, memory: RoundMemory
 ) -> None:
     """Remember the norms that a client has trained; those of a wider round before stay.
 
@@ -69,7 +69,7 @@ def objective(
     config: FederationConfig,
     received: Arrays,
     plan: UpdatePlan,
-    memory: ClientMemory,
+    memory: RoundMemory,
     acknowledged: int,
 ) -> Proximal | None:
     """The term beside the loss; None for the loss alone.
@@ -88,7 +88,7 @@ def objective(
 
 
 def keep_gradients(
-    config: FederationConfig, sent: Arrays, plan: UpdatePlan, memory: ClientMemory, task: Task
+    config: FederationConfig, sent: Arrays, plan: UpdatePlan, memory: RoundMemory, task: Task
 ) -> None:
     """Remember what FedDyn's next round needs: the gradients before this round, and its update.
 
@@ -108,9 +108,7 @@ def keep_gradients(
     memory.write(DYNAMIC, tensors, {"round": str(task.server_round)})
 
 
-def _gradients(
-    memory: ClientMemory, plan: UpdatePlan, strength: float, acknowledged: int
-) -> Arrays:
+def _gradients(memory: RoundMemory, plan: UpdatePlan, strength: float, acknowledged: int) -> Arrays:
     """FedDyn's gradients after all updates that the server admitted."""
     found = memory.read(DYNAMIC)
     if found is None:
@@ -132,7 +130,7 @@ def _fitting(tensors: Arrays, specs: Iterable[TensorSpec]) -> dict[str, np.ndarr
 
 
 def _remembered(
-    memory: ClientMemory, part: str, specs: Iterable[TensorSpec]
+    memory: RoundMemory, part: str, specs: Iterable[TensorSpec]
 ) -> dict[str, np.ndarray]:
     """Of a part, the tensors that are there and of the shape that the plan says."""
     found = memory.read(part)

@@ -19,3 +19,7 @@ class PlanError(FleetError):
 
 class UpdateError(FleetError):
     """A state or an update that does not match the plan it claims."""
+
+
+class CheckpointError(FleetError):
+    """A checkpoint that cannot be written, read, or gone on from."""

@@ -1,13 +1,16 @@
 """What a run leaves behind: configuration, rounds, summary and model, in one folder."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from fleet.durable import make_folder, sync_folder
 from fleet.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 _PACKAGES = ("fleet-mobiletl", "flwr", "torch", "torchvision", "timm", "numpy")
+_PART = re.compile(r"\.(config\.toml|summary\.json|model\.safetensors)\.\d+")
+_BESIDE: ContextVar[Mapping[str, Any]] = ContextVar("tables beside the settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,7 @@ class RunRecord:
             record.summary_path,
             record.model_path,
             record.page_path,
+            record.checkpoints_path,
         )
         try:
             there = set(os.listdir(record.path))
@@ -148,39 +155,59 @@ class RunRecord:
                 that want one folder at once, one is refused.
         """
         record = cls.reserve(run_dir)
-        facts = {
-            "settings": dict(settings) | {"run-dir": str(record.path)},
-            "versions": {name: version(name) for name in _PACKAGES},
-            "machine": {"python": platform.python_version(), "platform": platform.platform()},
-        }
         try:
-            content = tomli_w.dumps(facts).encode()
-            record.path.mkdir(parents=True, exist_ok=True)
+            content = record._facts(settings)
+            make_folder(record.path)
         except (OSError, ValueError) as error:
             raise record._unusable(error) from error
         try:
             with record.config_path.open("xb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(record.path)
         except FileExistsError as error:
             raise record._taken() from error
         except OSError as error:
             raise record._unusable(error) from error
         return record
 
-    def add_to_config(self, tables: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append tables to `config.toml`.
+    @classmethod
+    def reopen(cls, run_dir: str, settings: Mapping[str, Any]) -> "RunRecord":
+        """The folder of a run that goes on, or of one that never got to its first round.
+
+        Its config.toml says what is in force from now on; a summary, which says
+        that the run has ended, is gone.
 
         Args:
-            tables: none that the file has already.
+            run_dir: a path.
+            settings: the run configuration.
 
         Raises:
-            ConfigError: if it cannot be written.
+            ConfigError: if the folder cannot be written.
         """
+        record = cls(Path(run_dir))
         try:
-            with self.config_path.open("a") as file:
-                file.write("\n" + tomli_w.dumps(tables))
-        except OSError as error:
-            raise _unwritten(self.config_path, error) from error
+            content = record._facts(settings)
+            make_folder(record.path)
+            record.summary_path.unlink(missing_ok=True)
+            for part in record.path.glob(".*.[0-9]*"):  # of a process that was killed
+                if _PART.fullmatch(part.name):
+                    part.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            raise record._unusable(error) from error
+        with _replacing(record.config_path) as path:
+            path.write_bytes(content)
+        return record
+
+    def _facts(self, settings: Mapping[str, Any]) -> bytes:
+        """What `config.toml` holds."""
+        facts = {
+            "settings": dict(settings) | {"run-dir": str(self.path)},
+            "versions": {name: version(name) for name in _PACKAGES},
+            "machine": {"python": platform.python_version(), "platform": platform.platform()},
+        }
+        return tomli_w.dumps(facts | dict(_BESIDE.get({}))).encode()
 
     def _taken(self) -> ConfigError:
         return ConfigError(
@@ -192,6 +219,33 @@ class RunRecord:
         return ConfigError(
             f"cannot write run directory {self.path}: {_reason(error)}; name another with run-dir"
         )
+
+    @contextlib.contextmanager
+    def held(self, patience: float = 10.0) -> Iterator[None]:
+        """Keep every other process from running in this folder, which is there.
+
+        Args:
+            patience: seconds that another one, which may be ending, is waited for.
+
+        Raises:
+            ConfigError: if another one runs in it still, or it cannot be opened.
+        """
+        deadline = time.monotonic() + patience
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            while not _locked(handle):
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"run {self.path} goes on in another process; end that first, or name "
+                        f"another run-dir"
+                    )
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def config_path(self) -> Path:
@@ -214,6 +268,11 @@ class RunRecord:
         return self.path / "model.safetensors"
 
     @property
+    def checkpoints_path(self) -> Path:
+        """Folder of what the run goes on from, should it be ended before its end."""
+        return self.path / "checkpoints"
+
+    @property
     def page_path(self) -> Path:
         """The run as one HTML page."""
         return self.path / "report.html"
@@ -222,14 +281,51 @@ class RunRecord:
         """Append a round and see it to the disk.
 
         Raises:
-            ConfigError: if it cannot be written.
+            ConfigError: if it cannot be written; the rounds before it are as they were.
         """
-        line = to_json(asdict(report)) + "\n"
+        self._append(to_json(asdict(report)))
+
+    def end_with(self, line: str) -> None:
+        """Make the rounds on record those up to one, as after a run that was killed.
+
+        What is behind it is cut off, half a line too; what is missing of it is appended.
+
+        Args:
+            line: of `rounds.jsonl`: of the round that is to be the last.
+
+        Raises:
+            ConfigError: if the file cannot be read or written, or a line before it
+                is not a round.
+        """
+        last, end = _parse_round(line.encode()).server_round, 0
+        if self.rounds_path.is_file():
+            for report, behind in self.rounds_from(0):
+                if report.server_round >= last:
+                    break
+                end = behind
+            try:
+                if self.rounds_path.read_bytes()[end:] == f"{line}\n".encode():
+                    return
+                os.truncate(self.rounds_path, end)
+            except OSError as error:
+                raise _unwritten(self.rounds_path, error) from error
+        self._append(line)
+
+    def _append(self, line: str) -> None:
+        """Append a line to the rounds, whole or not at all unless the power is lost."""
+        is_new = not self.rounds_path.exists()
         try:
-            with self.rounds_path.open("a") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            with self.rounds_path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    _write_all(file, f"{line}\n".encode())
+                    os.fsync(file.fileno())
+                except BaseException:
+                    with contextlib.suppress(OSError):  # half a line would spoil the next
+                        file.truncate(before)
+                    raise
+            if is_new:
+                sync_folder(self.path)
         except OSError as error:
             raise _unwritten(self.rounds_path, error) from error
 
@@ -313,6 +409,16 @@ class RunRecord:
                 f"{self.summary_path} is not a summary: {error}; "
                 f"remove it to see the rounds alone, or repeat the run"
             ) from error
+
+
+@contextlib.contextmanager
+def recorded_beside(tables: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Have the runs that begin inside write these tables too, beside their settings."""
+    token = _BESIDE.set(tables)
+    try:
+        yield
+    finally:
+        _BESIDE.reset(token)
 
 
 def summarise(rounds: Iterable[RoundReport]) -> dict[str, Any]:
@@ -442,6 +548,22 @@ def _replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _locked(folder: int) -> bool:
+    """Lock an open folder, until it is closed or this process ends; False: another one has."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_all(file: Any, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    left = memoryview(content)
+    while len(left):
+        left = left[file.write(left) :]
 
 
 def _lines_from(path: Path, position: int) -> Iterator[tuple[bytes, int]]:

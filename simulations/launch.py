@@ -11,10 +11,11 @@ from pathlib import Path
 from clients.client import SIMULATED_STATE
 from clients.local_data import local_data
 from fleet.backbones import resolve
-from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
+from fleet.codec import parse_codec
+from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config, read_toml
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, RunRecord
+from fleet.records import RoundReport, RunRecord, recorded_beside
 from fleet.report import write_page
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
@@ -54,6 +55,9 @@ def simulate(
             one for each core. The run's result is the same for any number.
         callbacks: follow the run; one that fails does not end it.
 
+    With the setting `resume` the run in `run-dir` goes on from its checkpoint: `resumed`
+    makes its settings. The result is that of a run that was never ended.
+
     Returns:
         The folder of the run, with its records, model and report.
 
@@ -75,7 +79,11 @@ def simulate(
     config = read_config(default_settings() | dict(settings or {}))
     _check_fleet(config)
     adversity.check_fleet(config.federation.clients, engine)
-    record = RunRecord.reserve(config.run_dir)
+    if config.resume:
+        record = RunRecord(Path(config.run_dir))
+        _check_resumed(record, config, adversity)
+    else:
+        record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | {"run-dir": str(record.path)} | _absolute_paths(config)
     config = read_config(final)
     # Every client would find the same fault; here it is found once, and at once.
@@ -89,15 +97,12 @@ def simulate(
         followers.on_round_end(report)
 
     watch = _RoundWatch(record, end_round)
-    unwritten = adversity.as_table()
+    table = adversity.as_table()
     followers.on_run_start(record, final)
-    with _told_of_errors(record, watch, followers):
+    with _told_of_errors(record, watch, followers), recorded_beside(_named(simulation=table)):
         if engine == "local":
 
             def follow(answered: int, asked: int) -> None:
-                if unwritten and record.config_path.is_file():
-                    record.add_to_config({"simulation": unwritten})
-                    unwritten.clear()
                 watch.poll()
                 on_reply(answered, asked)
                 followers.on_reply(answered, asked)
@@ -110,10 +115,67 @@ def simulate(
         watch.poll()
         if not config.state_dir:  # what clients remember is of use as long as the run goes on
             shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
-    if adversity.as_table():
-        record.write_summary(record.summary() | adversity.as_table())
+    if table:
+        record.write_summary(record.summary() | table)
     followers.on_run_end(record.summary())
     return record
+
+
+def resumed(run_dir: str | Path) -> tuple[dict[str, Value], dict[str, str | float]]:
+    """What `simulate` needs to go on with a run: its settings, and attack, hostile and drop.
+
+    Raises:
+        ConfigError: if there is no run, or its config.toml is damaged.
+    """
+    record = RunRecord(Path(run_dir))
+    if not record.config_path.is_file():
+        raise ConfigError(f"{record.path} holds no run: there is no config.toml in it")
+    facts = read_toml(record.config_path)
+    settings = {**facts.get("settings", {}), "run-dir": str(record.path), "resume": True}
+    return settings, dict(facts.get("simulation", {}))
+
+
+def _check_resumed(record: RunRecord, config: RunConfig, adversity: Adversity) -> None:
+    """What only a simulation knows of a run that is to go on; the server knows the rest.
+
+    Raises:
+        ConfigError: if the fleet is another, or its clients remember nothing of the run.
+    """
+    if not record.rounds_path.is_file():
+        return
+    settings, table = resumed(record.path)
+    now = adversity.as_table() | {"clients": config.federation.clients}
+    before = table | {"clients": settings.get("clients", config.federation.clients)}
+    for key in sorted(now.keys() | before.keys()):
+        if now.get(key) != before.get(key):
+            raise ConfigError(
+                f"{key} is {now.get(key, 'not set')}, and was {before.get(key, 'not set')} as the "
+                f"run in {record.path} began; leave it so, or begin anew in another run-dir"
+            )
+    *_, last = record.rounds()
+    ended = record.summary_path.is_file()
+    if ended and last.server_round < config.federation.rounds and _clients_remember(config):
+        raise ConfigError(
+            f"run {record.path} has ended, and what its clients remembered of it is gone, "
+            f"which its codecs, objective or local-norms need; begin it anew with more rounds in "
+            f"another run-dir"
+        )
+
+
+def _clients_remember(config: RunConfig) -> bool:
+    """Whether a client's round depends on its rounds before, and that is in the run's folder."""
+    federation = config.federation
+    return not config.state_dir and (
+        parse_codec(federation.codec_up).feedback
+        or parse_codec(federation.codec_down) != parse_codec("float32")
+        or federation.objective == "feddyn"
+        or config.plan.local_norms
+    )
+
+
+def _named(**tables: Mapping[str, str | float]) -> dict[str, Mapping[str, str | float]]:
+    """Those tables that hold anything."""
+    return {name: table for name, table in tables.items() if table}
 
 
 @contextlib.contextmanager
@@ -212,11 +274,20 @@ class _RoundWatch:
         self._record = record
         self._on_round = on_round
         self._position = 0
+        self._last = -1
+        if record.rounds_path.is_file():  # of a run that goes on: told of by who began it
+            for report, behind in record.rounds_from(0):
+                self._position, self._last = behind, report.server_round
 
     def poll(self) -> None:
         path = self._record.rounds_path
-        if not path.is_file() or path.stat().st_size == self._position:
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self._position:
             return
+        if size < self._position:  # rounds that are repeated were cut off
+            self._position = 0
         for report, behind in self._record.rounds_from(self._position):
             self._position = behind
-            self._on_round(report)
+            if report.server_round > self._last:
+                self._last = report.server_round
+                self._on_round(report)

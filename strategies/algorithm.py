@@ -49,11 +49,16 @@ class Algorithm:
             trained. `delta` is float32, trained minus received; `statistics`
             are running means and variances as they are.
         equal_plans: whether all clients must train the same tensors.
+        save: memory → plain values and NumPy arrays (`fleet.tree`), from which the run
+            can be resumed. A memory that is made of these needs neither this nor `restore`.
+        restore: (what `save` made, state before the first round) → memory.
     """
 
     init: Callable[[TrainableState], Any]
     step: Callable[[Sequence[ClientUpdate], TrainableState, Any], Step]
     equal_plans: bool = False
+    save: Callable[[Any], Any] = lambda memory: memory
+    restore: Callable[[Any, TrainableState], Any] = lambda saved, initial: saved
 
 
 def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:

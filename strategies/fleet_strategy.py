@@ -4,6 +4,7 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -69,6 +70,8 @@ class FleetStrategy(Strategy):
         self._on_round = on_round
         self._head_start = head_start
         self._memory = algorithm.init(initial)
+        self._initial = initial
+        self._done: int | None = None  # the last round of an earlier process; None: there was none
         self._tokens = Tokens()
         self._outbox = Outbox(
             initial, classes, run or secrets.token_hex(8), config.codec_down, self._tokens
@@ -82,18 +85,43 @@ class FleetStrategy(Strategy):
         return self.state.plan
 
     def run(self, grid: Grid) -> TrainableState:
-        """All rounds; returns the last state."""
+        """All rounds that are left; returns the last state."""
         self._grid = StreamingGrid(grid)
-        if self._head_start is not None:
+        if self._head_start is not None and self._done is None:
             self._solve_head(self._head_start)
+        if self._done:
+            log(INFO, "rounds up to %d are done; Flower counts the others from 1", self._done)
         self.start(
             self._grid,
             ArrayRecord(),
-            num_rounds=self._config.rounds,
+            num_rounds=self._config.rounds - (self._done or 0),
             timeout=self._config.round_timeout,
             evaluate_fn=self._end_round,
         )
         return self.state
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that decides the rounds to come, as plain values and arrays (`fleet.tree`).
+
+        Of use between two rounds, as in `on_round`.
+        """
+        return {
+            "state": dict(self.state.tensors),
+            "algorithm": self._algorithm.save(self._memory),
+            "outbox": self._outbox.snapshot(),
+        }
+
+    def restore(self, snapshot: Mapping[str, Any], server_round: int) -> None:
+        """Go on where a snapshot was taken; before `run`.
+
+        Args:
+            snapshot: of a strategy of the same arguments.
+            server_round: the round that had just ended.
+        """
+        self.state = TrainableState(self.plan, snapshot["state"])
+        self._memory = self._algorithm.restore(snapshot["algorithm"], self._initial)
+        self._outbox.restore(snapshot["outbox"])
+        self._done = server_round
 
     def summary(self) -> None:
         """Nothing beyond the run's own records."""
@@ -102,6 +130,7 @@ class FleetStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Sample the cohort and bring it up to date."""
+        server_round = self._round(server_round)
         self._ledger = Ledger()
         asked = {message.metadata.message_id: name for name, message in self._asked.items()}
         for message_id, nbytes in self._grid.take_late():
@@ -116,6 +145,7 @@ class FleetStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Admit replies until there are enough, and step the model; with too few it stays."""
+        server_round = self._round(server_round)
         spool = Spool()
         try:
             gate = Gate(
@@ -139,6 +169,7 @@ class FleetStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Ask the clients to evaluate, unless the server does."""
+        server_round = self._round(server_round)
         if self._evaluate is not None:
             return []
         online = self._roster.online(self._config.min_clients)
@@ -165,6 +196,10 @@ class FleetStrategy(Strategy):
                 sum(r.accuracy * r.num_examples for r in results) / total,
             )
         return None
+
+    def _round(self, flowers: int) -> int:
+        """The run's round; Flower counts those of this process."""
+        return flowers + (self._done or 0)
 
     def _solve_head(self, head_start: HeadStarter) -> None:
         """Round 0: every client sends the moments of its features."""
@@ -302,6 +337,9 @@ class FleetStrategy(Strategy):
 
     def _end_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower calls this last in a round, and once before the first."""
+        if server_round == 0 and self._done is not None:
+            return None  # that round has ended in an earlier process
+        server_round = self._round(server_round)
         if self._evaluate is not None:
             self._ledger.evaluation = self._evaluate(self.state)
         report = self._ledger.report(server_round)

@@ -19,9 +19,10 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fleet.errors import ConfigError, UpdateError
+from fleet.errors import CheckpointError, ConfigError, UpdateError
 from fleet.plan import UpdatePlan
 from fleet.state import Arrays, ClientUpdate, TrainableState
+from fleet.tree import flatten
 from strategies.algorithm import Algorithm, Step
 
 _READ_BY_CLIENTS = {"server-round"}  # of what a strategy may tell them; ours know the round
@@ -80,7 +81,16 @@ def flower_algorithm(strategy: Strategy) -> Algorithm:
         coverage = dict.fromkeys(state.tensors, len(updates))
         return Step(stepped, _Memory(own, server_round, nodes), coverage)
 
-    return Algorithm(init, step, equal_plans=True)
+    def save(memory: _Memory) -> Any:
+        return _saved(memory.strategy, strategy), memory.rounds, dict(memory.nodes)
+
+    def restore(saved: Any, initial: TrainableState) -> _Memory:
+        attributes, rounds, nodes = saved
+        own = _copied(strategy)
+        _restore(own, attributes)
+        return _Memory(own, rounds, nodes)
+
+    return Algorithm(init, step, equal_plans=True, save=save, restore=restore)
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,43 @@ def _check_plans(updates: Sequence[ClientUpdate], plan: UpdatePlan, name: str) -
                 f"needs equal plans; set blocks to one value and budget-mib to off, also on the "
                 f"devices"
             )
+
+
+def _saved(own: Strategy, made: Strategy) -> dict[str, tuple[str, Any]]:
+    """A strategy's attributes, each with how it is kept; functions that it was made with are not.
+
+    Args:
+        own: what it has become.
+        made: as the run's settings make it.
+
+    Raises:
+        CheckpointError: naming an attribute that came to be and cannot be kept.
+    """
+    attributes: dict[str, tuple[str, Any]] = {}
+    for name, value in vars(own).items():
+        before = vars(made).get(name)
+        if isinstance(value, Strategy) and type(value) is type(before):  # of a wrapper
+            attributes[name] = "strategy", _saved(value, before)
+        elif type(value) is ArrayRecord:
+            arrays = [(key, array.numpy()) for key, array in value.items()]
+            attributes[name] = "arrays", arrays
+        elif value is not before or not callable(value):
+            try:
+                flatten(value)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name} of {type(own).__name__}: {error}") from error
+            attributes[name] = "value", value
+    return attributes
+
+
+def _restore(own: Strategy, attributes: Mapping[str, tuple[str, Any]]) -> None:
+    for name, (kind, value) in attributes.items():
+        if kind == "strategy":
+            _restore(getattr(own, name), value)
+        elif kind == "arrays":
+            setattr(own, name, ArrayRecord({key: Array(array) for key, array in value}))
+        else:
+            setattr(own, name, value)
 
 
 def _copied(strategy: Strategy) -> Strategy:

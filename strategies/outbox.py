@@ -1,6 +1,7 @@
 """Messages to clients: the task, and what brings each client's state up to date."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flwr.app import Message, Metadata, RecordDict
 
@@ -102,6 +103,26 @@ class Outbox:
     def acknowledge(self, clients: Sequence[str], server_round: int) -> None:
         """These clients' updates of a round are in the model."""
         self._acknowledged |= dict.fromkeys(clients, server_round)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What has to be known of the clients as a run goes on in another process.
+
+        Messages under way are not in it: their answers would come to this process.
+        """
+        return {
+            "versions": self.versions.snapshot(),
+            "version-0": self._version_0,
+            "held": dict(self._held),
+            "acknowledged": dict(self._acknowledged),
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Know what was known when the snapshot was taken."""
+        self.versions.restore(snapshot["versions"])
+        self._version_0 = snapshot["version-0"]
+        self._held = dict(snapshot["held"])
+        self._acknowledged = dict(snapshot["acknowledged"])
+        self._under_way = {}
 
     def _task(self, client: str, server_round: int) -> Task:
         return Task(

@@ -71,6 +71,20 @@ class Roster:
             log(INFO, "waiting for clients: %d of %d", len(names), min_clients)
             time.sleep(_POLL_SECONDS)
 
+    def wait_for(self, names: Set[str], min_clients: int) -> dict[str, int]:
+        """Clients that can be reached, once those named are among them.
+
+        After a minute, or the time that an introduction may take, it goes on
+        without those that are not; as `online` else.
+        """
+        deadline = time.monotonic() + min(self._timeout, _PATIENCE_SECONDS)
+        while (absent := names - (there := self.online(min_clients)).keys()) and (
+            time.monotonic() < deadline
+        ):
+            log(INFO, "waiting for clients of the last round: %s", ", ".join(sorted(absent)))
+            time.sleep(_POLL_SECONDS)
+        return there
+
     def classes(self) -> tuple[str, ...]:
         """Every class that any client enrolled so far has images of, sorted by name."""
         return tuple(sorted({name for e in self._enrolled.values() for name in e.classes}))

@@ -1,11 +1,13 @@
 """The ServerApp: reads the configuration and wires the parts."""
 
-import json
+import contextlib
 import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.common.logger import log
@@ -17,15 +19,16 @@ from fleet.data import ImageData, load_data
 from fleet.errors import ConfigError, FleetError, UpdateError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.mobiletl import TransferModel
-from fleet.plan import make_plan
+from fleet.plan import UpdatePlan, make_plan
 from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
-from fleet.signals import signals_held
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
+from fleet.trained import facts_of
 from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
+from strategies.resume import Keeper, Standing, standing
 from strategies.sampling import Roster
 
 app = ServerApp()
@@ -42,64 +45,145 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, config: RunConfig) -> None:
-    """One run over a grid of clients.
+    """One run over a grid of clients, or with `resume` what is left of one.
 
     Raises:
         FleetError: for a setting, data or weights that the user can mend.
     """
-    federation = config.federation
-    # What is wrong is told before anybody is waited for.
-    _check_plans(algorithm(federation, config.seed), config)
-    test = _held_out(config) if federation.evaluation == "server" else None
-    roster = Roster(grid, timeout=federation.round_timeout)
-    online = roster.online(federation.min_clients)
-    classes = test.classes if test else roster.classes()
-    backbone = _backbone(config, classes)
-    plan = make_plan(
-        backbone,
-        method=config.plan.method,
-        blocks=max(config.plan.choices),
-        train_tail=config.plan.train_tail,
-        local_norms=config.plan.local_norms,
-    )
-    model = TransferModel(backbone, plan)
-    record = RunRecord.create(config.run_dir, config.as_settings() | {"clients": len(online)})
-    log(INFO, "records go to %s", record.path)
-
-    def evaluate_state(state: TrainableState) -> Evaluation:
-        load(backbone.model, state)
-        return evaluate(model, test, backbone.preprocessing, features=config.features)
-
-    def end_round(report: RoundReport) -> None:
-        if report.loss is not None and not math.isfinite(report.loss):
-            raise UpdateError(
-                f"the global model's loss is {report.loss} after round {report.server_round} with "
-                f"server-learning-rate {federation.server_learning_rate}; lower it or learning-rate"
+    with contextlib.ExitStack() as while_it_runs:
+        kept = _standing(config, while_it_runs)
+        federation = config.federation
+        # What is wrong is told before anybody is waited for.
+        _check_plans(algorithm(federation, config.seed), config)
+        test = _held_out(config) if federation.evaluation == "server" else None
+        roster = Roster(grid, timeout=federation.round_timeout)
+        online = roster.wait_for({*kept.cohort} if kept else set(), federation.min_clients)
+        classes = kept.classes if kept else test.classes if test else roster.classes()
+        model = _GlobalModel.of(config, classes)
+        if kept and kept.plan_digest != model.plan.digest:
+            raise ConfigError(
+                f"the plan is {model.plan.digest[:8]}, and was {kept.plan_digest[:8]} as the run "
+                f"in {config.run_dir} began; give it the weights and libraries that it had then"
             )
-        load(backbone.model, strategy.state)
-        # In this order: a round that is on record has its model. A signal ends the run
-        # before both or after both: the model is that of the last round on record.
-        with signals_held():
-            record.save_model(backbone.model.state_dict(), _facts(backbone, classes))
-            record.add_round(report)
+        clients = kept.clients if kept else len(online)
+        record = _record(config, clients, while_it_runs)
+        log(INFO, "records go to %s", record.path)
+        facts = {
+            "run": kept.run if kept else secrets.token_hex(8),
+            "clients": clients,
+            "classes": classes,
+            "plan_digest": model.plan.digest,
+            "settings": kept.settings if kept else config.as_settings(),
+        }
+        keeper = Keeper(record, lambda state: model.save(state, record), facts)
 
-    strategy = FleetStrategy(
-        capture(backbone.model, plan),
-        classes,
-        roster,
-        federation,
-        config.seed,
-        algorithm(federation, config.seed, clients=len(online)),
-        evaluate=evaluate_state if test else None,
-        on_round=end_round,
-        run=secrets.token_hex(8),
-        head_start=HeadStarter.of(backbone) if federation.head_start else None,
-    )
-    strategy.run(grid)
+        def end_round(report: RoundReport) -> None:
+            _check_loss(report, federation.server_learning_rate)
+            keeper.end_round(strategy, report)
+
+        strategy = FleetStrategy(
+            capture(model.backbone.model, model.plan),
+            classes,
+            roster,
+            federation,
+            config.seed,
+            algorithm(federation, config.seed, clients=clients),
+            evaluate=(lambda state: model.evaluate(state, test, config)) if test else None,
+            on_round=end_round,
+            run=facts["run"],
+            head_start=HeadStarter.of(model.backbone) if federation.head_start else None,
+        )
+        if kept:
+            strategy.restore(kept.strategy, kept.server_round)
+            keeper.mend(strategy, kept)
+            log(INFO, "the run goes on after round %d", kept.server_round)
+        strategy.run(grid)
+        keeper.finish()
+        _conclude(record, config, model.plan)
+
+
+def _standing(config: RunConfig, while_it_runs: contextlib.ExitStack) -> Standing | None:
+    """Where the run to resume stands; its folder is held from before that is read."""
+    record = RunRecord(Path(config.run_dir))
+    if config.resume and record.path.is_dir():
+        while_it_runs.enter_context(record.held())
+    kept = standing(config)
+    if config.resume and kept is None:
+        log(INFO, "run %s has no checkpoint yet; it begins anew there", record.path)
+    return kept
+
+
+def _record(config: RunConfig, clients: int, while_it_runs: contextlib.ExitStack) -> RunRecord:
+    """The run's folder, held until the run ends."""
+    settings = config.as_settings() | {"clients": clients}
+    if config.resume:
+        was_there = Path(config.run_dir).is_dir()
+        record = RunRecord.reopen(config.run_dir, settings)
+        if was_there:
+            return record
+    else:
+        record = RunRecord.create(config.run_dir, settings)
+    while_it_runs.enter_context(record.held())
+    return record
+
+
+@dataclass(frozen=True)
+class _GlobalModel:
+    """The backbone into which a state is loaded to be evaluated or saved.
+
+    Attributes:
+        plan: the widest.
+        transfer: what evaluates it.
+        classes: names of the head's outputs.
+    """
+
+    backbone: Backbone
+    plan: UpdatePlan
+    transfer: TransferModel
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, classes: tuple[str, ...]) -> "_GlobalModel":
+        backbone = backbone_of(config.model, classes, config.seed)
+        backbone.model.to(pick_device(config.local.device))
+        plan = make_plan(
+            backbone,
+            method=config.plan.method,
+            blocks=max(config.plan.choices),
+            train_tail=config.plan.train_tail,
+            local_norms=config.plan.local_norms,
+        )
+        return cls(backbone, plan, TransferModel(backbone, plan), classes)
+
+    def evaluate(self, state: TrainableState, test: ImageData, config: RunConfig) -> Evaluation:
+        load(self.backbone.model, state)
+        return evaluate(self.transfer, test, self.backbone.preprocessing, features=config.features)
+
+    def save(self, state: TrainableState, record: RunRecord) -> None:
+        load(self.backbone.model, state)
+        own = self.backbone
+        facts = facts_of(own.name, own.model, self.classes, own.preprocessing)
+        record.save_model(own.model.state_dict(), facts)
+
+
+def _check_loss(report: RoundReport, server_learning_rate: float) -> None:
+    if report.loss is not None and not math.isfinite(report.loss):
+        raise UpdateError(
+            f"the global model's loss is {report.loss} after round {report.server_round} with "
+            f"server-learning-rate {server_learning_rate}; lower it or learning-rate"
+        )
+
+
+def _conclude(record: RunRecord, config: RunConfig, plan: UpdatePlan) -> None:
+    """Sum up a run whose rounds are done."""
     _check_trained(record.rounds())
     record.write_summary(
         summarise(record.rounds())
-        | {"strategy": federation.strategy, "seed": config.seed, "plan_digest": plan.digest}
+        | {
+            "strategy": config.federation.strategy,
+            "seed": config.seed,
+            "plan_digest": plan.digest,
+        }
     )
     try:
         write_page(record)
@@ -153,18 +237,3 @@ def _held_out(config: RunConfig) -> ImageData:
         skip_unreadable=data.skip_unreadable,
         seed=config.seed,
     )
-
-
-def _backbone(config: RunConfig, classes: tuple[str, ...]) -> Backbone:
-    backbone = backbone_of(config.model, classes, config.seed)
-    backbone.model.to(pick_device(config.local.device))
-    return backbone
-
-
-def _facts(backbone: Backbone, classes: tuple[str, ...]) -> dict[str, str]:
-    """What is needed to use the model again."""
-    return {
-        "backbone": backbone.name,
-        "image_size": str(backbone.preprocessing.image_size),
-        "classes": json.dumps(classes),
-    }

@@ -50,6 +50,11 @@ from fleet.errors import ConfigError
     help="Where this device keeps key, memory of runs and logs.  "
     "[default: $FLEET_STATE or ~/.local/state/fleet]",
 )
+@click.option(
+    "--cold",
+    is_flag=True,
+    help="Keep nothing of PyTorch in memory between rounds; each starts some seconds later.",
+)
 @click.option("--insecure", is_flag=True, help="Without TLS and key; loopback servers only.")
 @click.option("--server", help="With --insecure: where the server is.")
 @click.option("--name", help="With --insecure: this device's name.")
@@ -62,6 +67,7 @@ def command(
     others: tuple[str, ...],
     trusted_entities: Path | None,
     state: Path | None,
+    cold: bool,
     insecure: bool,
     server: str | None,
     name: str | None,
@@ -109,6 +115,7 @@ def command(
             bundle=bundle,
             server=address,
             trusted_entities=trusted_entities,
+            cold=cold,
         ),
         until_signal,
     )

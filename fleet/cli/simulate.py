@@ -23,6 +23,8 @@ def setting_options(command: Callable) -> Callable:
     """One option for every setting of a run; the defaults are pyproject.toml's."""
     defaults = default_settings()
     for key, kind, meaning in reversed(describe_settings()):
+        if key == "resume":  # an option that takes the run's folder
+            continue
         shown = f"{meaning} [default: {json.dumps(defaults[key])}]"
         flag = f"--{key}/--no-{key}" if kind is bool else f"--{key}"
         command = click.option(flag, key.replace("-", "_"), type=kind, default=None, help=shown)(
@@ -33,6 +35,13 @@ def setting_options(command: Callable) -> Callable:
 
 @click.command("simulate")
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--resume",
+    "interrupted",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Folder of a run that was ended: it goes on, with more --rounds if you like.",
+)
 @setting_options
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
 @click.option(
@@ -55,6 +64,7 @@ def setting_options(command: Callable) -> Callable:
 @format_option("text", "json")
 def command(
     recipe: Path | None,
+    interrupted: Path | None,
     engine: str,
     workers: str,
     attack: str | None,
@@ -67,14 +77,25 @@ def command(
     """Run a simulated fleet; settings come from a RECIPE (TOML) and from options.
 
     A run's config.toml is a recipe too: it repeats the run in another directory.
+    With --resume a run that was ended goes on from its last round.
     """
-    settings, adversity = _read_recipe(recipe) if recipe else ({}, {})
+    if interrupted and recipe:
+        raise ConfigError(
+            f"recipe {recipe} and --resume {interrupted} exclude each other: a run that goes on "
+            f"has its own settings; leave one out"
+        )
+    if interrupted:
+        from simulations.launch import resumed
+
+        settings, adversity = resumed(interrupted)
+    else:
+        settings, adversity = _read_recipe(recipe) if recipe else ({}, {})
     given = {"attack": attack, "hostile": hostile, "drop": drop}
     adversity |= {key: value for key, value in given.items() if value is not None}
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
     config = read_config(default_settings() | settings)
     # Named here, so that an interrupted run can say where it is.
-    record = RunRecord.reserve(config.run_dir)
+    record = RunRecord(Path(config.run_dir)) if interrupted else RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
     find_modules_here()
     with stopping(record, _beside_config(engine, workers, log_to)):
@@ -136,5 +157,6 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"move it into [settings], or remove the header"
         )
     # A run's own directory is taken: by that run.
-    settings = {key: value for key, value in values["settings"].items() if key != "run-dir"}
+    own = ("run-dir", "resume")
+    settings = {key: value for key, value in values["settings"].items() if key not in own}
     return settings, simulation

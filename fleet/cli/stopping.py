@@ -31,7 +31,7 @@ def stopping(record: RunRecord, again: str) -> Iterator[None]:
     Args:
         record: of the run that goes on inside.
         again: options that the run's config.toml does not hold, for the command that
-            repeats it.
+            goes on with it.
     """
     with _signals_stop():
         try:
@@ -54,8 +54,7 @@ def _what_is_left(record: RunRecord, again: str) -> str:
             f"stopped after round {rounds[-1].server_round}; its model and all rounds until then "
             f"are in {record.path}\nlook at them:  fleet report {run}"
         )
-    repeat = f"fleet simulate {shlex.quote(str(record.config_path))}{again}"
-    return f"{what}\nbegin it anew: {repeat}"
+    return f"{what}\ngo on with it:  fleet simulate --resume {run}{again}"
 
 
 @contextlib.contextmanager

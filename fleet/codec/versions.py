@@ -8,8 +8,9 @@ model itself, which every device has: no first download is needed.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fleet.codec.names import parse_codec
 from fleet.codec.payload import Payload, decode, encode
@@ -90,6 +91,22 @@ class Versions:
         self._versions.append(version_of(self.state))
         while sum(s.nbytes for s in self._steps) > plan.nbytes:
             del self._steps[0], self._versions[0]
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that it holds, as plain values and arrays."""
+        steps = [(step.codec, bytes(step.data)) for step in self._steps]
+        return {
+            "state": dict(self.state.tensors),
+            "versions": list(self._versions),
+            "steps": steps,
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Be as when the snapshot was taken, under the same plan."""
+        plan = self.state.plan
+        self.state = TrainableState(plan, snapshot["state"])
+        self._versions = list(snapshot["versions"])
+        self._steps = [Payload(codec, plan.digest, data) for codec, data in snapshot["steps"]]
 
     def download(self, held: str | None) -> Download:
         """What brings a client from the version that it holds to the newest.

@@ -50,6 +50,7 @@ class ClientOptions:
         bundle: of key and certificate; None: a server without either, on this machine.
         server: where that is, without a bundle.
         trusted_entities: YAML of who may sign apps; None: whatever the server sends runs.
+        cold: every message imports PyTorch anew, and none of it stays in memory.
     """
 
     state: Path
@@ -57,6 +58,7 @@ class ClientOptions:
     bundle: Bundle | None = None
     server: Address | None = None
     trusted_entities: Path | None = None
+    cold: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be, or must not.
@@ -139,6 +141,8 @@ def _command(options: ClientOptions) -> list[str]:
         )
     if options.trusted_entities is not None:
         secure += ("--trusted-entities", options.trusted_entities.resolve())
+    if options.cold:
+        secure += ("--cold",)
     return own_command(
         "fleet.deploy.supernode",
         *("--superlink", options.address, "--node-config", node_config(options.node)),

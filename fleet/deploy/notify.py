@@ -5,7 +5,6 @@ oneself rather than to link its library, and the packages that do are not kept u
 variable, outside a service, all of this does nothing.
 """
 
-import contextlib
 import logging
 import os
 import socket
@@ -24,7 +23,7 @@ def ready(status: str = "") -> None:
 
 
 def alive(status: str = "") -> None:
-    """The service does its work: to be sent at least every half of `watchdog_seconds`.
+    """The service does its work: to be sent at least every half of its `WatchdogSec`.
 
     Args:
         status: a line that `systemctl status` shows, in place of the one before.
@@ -35,15 +34,6 @@ def alive(status: str = "") -> None:
 def stopping(status: str = "") -> None:
     """The service has begun to end."""
     _send("STOPPING=1", status)
-
-
-def watchdog_seconds() -> float | None:
-    """After how long without `alive` systemd kills this process; None if it does not watch it."""
-    watched = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    with contextlib.suppress(ValueError):
-        microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
-        return microseconds / 1e6 if watched and microseconds > 0 else None
-    return None
 
 
 def _send(state: str, status: str) -> None:

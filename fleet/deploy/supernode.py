@@ -1,6 +1,6 @@
 """The SuperNode, made to end where Flower's would go on without effect.
 
-    python -m fleet.deploy.supernode ARGUMENTS    # those of flower-supernode
+    python -m fleet.deploy.supernode [--cold] ARGUMENTS    # those of flower-supernode
 
 In Flower 1.41 three faults leave a process that looks alive and takes no part any
 more: its heartbeat's thread dies of an answer it did not expect (500); its main
@@ -8,29 +8,27 @@ loop ends on such an answer, while its local server keeps the process; the Super
 that it started dies, and every task waits for ever. Each of them ends this process
 with `HALF_DEAD`, and whoever supervises it starts it again.
 
-A fourth one leaves it a step behind for good. The main loop takes a message, waits for
-a reply, and sends what there is. If a run ends while its message is being fetched, the
-loop does not wait for that reply; from then on it sends each time the reply to the
-message before, and the server waits in vain for the last one. So here the loop also
-sends when it has found no message and a reply lies there.
+ClientApps start warm (`clients.executor`), unless it is `--cold`: then each imports
+PyTorch anew, which takes longer, and less memory between rounds.
 """
 
+import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from typing import Any
 
 import psutil
 
-from fleet.deploy.flower_process import end_with_parent
+from fleet.deploy.flower_process import end_with_parent, own_command
+from fleet.deploy.supernode_link import improve
 
 HALF_DEAD = 70  # EX_SOFTWARE of sysexits.h
 
 _WATCH_SECONDS = 2.0
-_LATE = 0  # in place of a run's number
 _GRACE_SECONDS = 8.0  # Flower tells the server goodbye, and forces its own end after 5 s
 
 _log = logging.getLogger("flwr")
@@ -41,12 +39,15 @@ def main() -> None:
     """Run the SuperNode until it is told to end, is half dead, or its parent is gone."""
     end_with_parent()
     threading.excepthook = _end_for_thread
+    options, arguments = _read_arguments()
+    if not options.cold:
+        _start_warm_superexec(f"{options.host}:{options.port}")
+        arguments += ["--isolation", "process"]
     threading.Thread(target=_watch_superexec, name="superexec-watch", daemon=True).start()
-    sys.argv[0] = "flower-supernode"
-    from flwr.supernode import start_client_internal
+    sys.argv = ["flower-supernode", *arguments]
     from flwr.supernode.cli import flower_supernode
 
-    send_late_replies(start_client_internal)
+    improve()
     try:
         flower_supernode()
         _log.error("the SuperNode's main loop has ended, see above")
@@ -56,29 +57,24 @@ def main() -> None:
             os._exit(HALF_DEAD)  # its server's thread would keep the process
 
 
-def send_late_replies(loop: Any) -> None:
-    """Let Flower's main loop send whatever reply is there, message or no message.
-
-    Args:
-        loop: the module `flwr.supernode.start_client_internal`.
-    """
-    pull = loop._pull_and_store_message
-
-    def pull_or_send(state: Any, **others: Any) -> int | None:
-        run_id = pull(state=state, **others)
-        # The loop goes on to send for any number; nothing else depends on which.
-        return _LATE if run_id is None and has_unsent_reply(state) else run_id
-
-    loop._pull_and_store_message = pull_or_send
+def _read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Our own, and Flower's: the address that tasks find the SuperNode at is both's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", required=True)
+    options, others = parser.parse_known_args()
+    return options, [*others, "--host", options.host, "--port", options.port]
 
 
-def has_unsent_reply(state: Any) -> bool:
-    """Whether a reply lies in a SuperNode's store; unlike Flower's question, it takes none out."""
-    with state.lock_msg_store:
-        return any(
-            entry.message.metadata.reply_to_message_id and not entry.is_retrieved
-            for entry in state.msg_store.values()
+def _start_warm_superexec(address: str) -> None:
+    """It ends with this process, as the one that Flower would start."""
+    subprocess.Popen(
+        own_command(
+            "clients.executor",
+            *("--runtime-api-address", address, "--insecure", "--parent-pid", os.getpid()),
         )
+    )
 
 
 def _end_for_thread(hook: threading.ExceptHookArgs) -> None:

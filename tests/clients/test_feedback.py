@@ -5,6 +5,7 @@ import pytest
 
 from clients.feedback import encode_update
 from clients.memory import ClientMemory
+from clients.round_memory import RoundMemory
 from fleet.codec import decode, encode
 from fleet.errors import UpdateError
 from tests.plans import random_arrays, toy_plan
@@ -24,9 +25,8 @@ class Device:
         self.applied = {name: array.copy() for name, array in self.due.items()}
         self.lost = {name: array.copy() for name, array in self.due.items()}
 
-    @property
-    def memory(self):
-        return ClientMemory(self.directory, self.run, "pi-1")
+    def memory(self, server_round=1000):
+        return RoundMemory(ClientMemory(self.directory, self.run, "pi-1"), server_round)
 
     def train(self, server_round, *, arrives, plan=WIDEST, update=None):
         update = random_arrays(plan, server_round) if update is None else update
@@ -36,7 +36,7 @@ class Device:
             WIDEST,
             self.codec,
             (1, server_round),
-            self.memory,
+            self.memory(server_round),
         )
         for name, array in update.items():
             self.due[name] += array
@@ -54,7 +54,7 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_due(tmp_path, seed
         plan = WIDEST.narrow(int(rng.integers(3)))
         device.train(server_round, arrives=rng.random() < 0.6, plan=plan)
     device.train(15, arrives=True)
-    remembered = device.memory.read("feedback").tensors
+    remembered = device.memory().read("feedback").tensors
     for name in WEIGHTS:
         left = device.due[name] - device.applied[name] - device.lost[name]
         scale = np.abs(device.due[name]).max()
@@ -100,9 +100,9 @@ def test_a_run_whose_plan_changed_starts_anew(tmp_path):
     device.train(1, arrives=False)
     other = toy_plan(width=7)
     update = random_arrays(other, 2)
-    payload = encode_update(update, other, other, device.codec, (1, 2), device.memory)
+    payload = encode_update(update, other, other, device.codec, (1, 2), device.memory(2))
     assert payload == encode(update, other, device.codec, (1, 2))
-    assert device.memory.read("feedback").facts["plan"] == other.digest
+    assert device.memory().read("feedback").facts["plan"] == other.digest
 
 
 def test_another_run_has_a_memory_of_its_own(tmp_path):
@@ -115,7 +115,7 @@ def test_another_run_has_a_memory_of_its_own(tmp_path):
 def test_a_damaged_memory_starts_anew(tmp_path):
     device = Device(tmp_path / "damaged", "topk:0.1+int4")
     device.train(1, arrives=False)
-    (file,) = tmp_path.rglob("feedback.safetensors")
+    (file,) = tmp_path.rglob("feedback-*.safetensors")
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
@@ -127,7 +127,7 @@ def test_a_damaged_memory_starts_anew(tmp_path):
 def test_an_update_that_is_not_finite_is_refused_and_changes_no_memory(tmp_path):
     device = Device(tmp_path, "topk:0.1+int4")
     device.train(1, arrives=False)
-    (file,) = tmp_path.rglob("feedback.safetensors")
+    (file,) = tmp_path.rglob("feedback-*.safetensors")
     before = file.read_bytes()
     broken = random_arrays(WIDEST, 2) | {"head.bias": np.array([1, np.inf, 1], np.float32)}
     with pytest.raises(UpdateError, match=r"head\.bias holds NaN or infinity; lower the learning"):

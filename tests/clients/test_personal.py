@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from clients.client import Client
 from clients.local_update import evaluate_task, train_task
 from clients.personal import _gradients
+from clients.round_memory import RoundMemory
 from fleet.backbones import load_backbone
 from fleet.codec import Versions, decode
 from fleet.config import default_settings, read_config
@@ -46,6 +47,11 @@ def client(number=0, blocks=2, **settings):
     return Client.of(7, node, read_config(default_settings() | SMALL | settings))
 
 
+def memory_of(own):
+    """What a client remembers by now."""
+    return RoundMemory(own.memory("0f"), 1000)
+
+
 def server(local_norms=False):
     """Backbone, plan, and function (round, run) → task and initial state."""
     backbone = load_backbone(
@@ -79,7 +85,7 @@ def test_no_norm_travels_and_all_that_trained_is_kept():
     narrow = plan.narrow(1)
     assert decode(payload, narrow).keys() == narrow.by_name.keys()
     assert all(spec.role in ("weight", "bias") for spec in narrow.specs)
-    kept = own.memory("0f").read("norms").tensors
+    kept = memory_of(own).read("norms").tensors
     assert kept.keys() == {spec.name for spec in narrow.local_specs} and kept
     assert {s.role for s in narrow.local_specs} == {"shift", "scale", "mean", "var"}
 
@@ -89,7 +95,7 @@ def test_training_and_evaluation_go_on_with_the_clients_own_norms():
     backbone, plan, ask = server(local_norms=True)
     own, plain = client(**LOCAL), client()
     train_task(own, *ask(1))
-    norms = own.memory("0f").read("norms").tensors
+    norms = memory_of(own).read("norms").tensors
     pretrained = {n: backbone.model.state_dict()[n].numpy().copy() for n in norms}
     assert any(not np.array_equal(norms[n], pretrained[n]) for n in norms)
 
@@ -106,7 +112,7 @@ def test_training_and_evaluation_go_on_with_the_clients_own_norms():
     theirs = decode(train_task(plain, task, whole(tensors, full))[0], full)
     for name, delta in deltas.items():
         assert_array_equal(delta, theirs[name])
-    after = own.memory("0f").read("norms").tensors
+    after = memory_of(own).read("norms").tensors
     for name, array in after.items():
         wanted = theirs[name] if full.by_name[name].is_statistic else norms[name] + theirs[name]
         assert_allclose(array, wanted, rtol=1e-5, atol=1e-6)
@@ -135,9 +141,9 @@ def test_a_run_begins_with_pretrained_norms():
 def test_norms_of_a_wider_round_stay():
     _, plan, ask = server(local_norms=True)
     train_task(client(blocks=2, **LOCAL), *ask(1))
-    wide = client(**LOCAL).memory("0f").read("norms").tensors
+    wide = memory_of(client(**LOCAL)).read("norms").tensors
     train_task(client(blocks=1, **LOCAL), *ask(2))
-    after = client(**LOCAL).memory("0f").read("norms").tensors
+    after = memory_of(client(**LOCAL)).read("norms").tensors
     assert after.keys() == wide.keys()
     narrow = {spec.name for spec in plan.narrow(1).local_specs}
     same = {name for name in wide if np.array_equal(wide[name], after[name])}
@@ -146,14 +152,18 @@ def test_norms_of_a_wider_round_stay():
 
 def test_damaged_or_foreign_norms_are_the_pretrained_ones(state):
     _, _, ask = server(local_norms=True)
-    first = train_task(client(**LOCAL), *ask(1))[0].data
-    (path,) = state.rglob("norms.safetensors")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert train_task(client(**LOCAL), *ask(1))[0].data == first
-    memory = client(**LOCAL).memory("0f")
-    kept = memory.read("norms").tensors
+    anew = train_task(client(**LOCAL), *ask(2, run="aa"))[0].data
+    train_task(client(**LOCAL), *ask(1))
+    (path,) = state.rglob("0f/*/norms-*.safetensors")
+    whole_file = path.read_bytes()
+    path.write_bytes(whole_file[:-1])
+    assert train_task(client(**LOCAL), *ask(2))[0].data == anew
+    path.write_bytes(whole_file)
+    assert train_task(client(**LOCAL), *ask(2))[0].data != anew
+    memory = RoundMemory(client(**LOCAL).memory("0f"), 1)
+    kept = memory_of(client(**LOCAL)).read("norms").tensors
     memory.write("norms", {name: np.zeros(3, np.float32) for name in kept})  # of another shape
-    assert train_task(client(**LOCAL), *ask(1))[0].data == first
+    assert train_task(client(**LOCAL), *ask(2))[0].data == anew
 
 
 # Objectives
@@ -196,7 +206,7 @@ def test_feddyn_remembers_the_gradients_that_its_sent_deltas_make(codec):
         for spec in narrow.specs:
             if not spec.is_statistic:
                 sums[spec.name] = sums.get(spec.name, 0) + delta[spec.name].astype(float)
-    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=3)
+    kept = _gradients(memory_of(own), plan, 0.5, acknowledged=3)
     assert kept.keys() == sums.keys()
     for name, total in sums.items():
         assert_allclose(kept[name], -0.5 * total, rtol=1e-4, atol=1e-7)
@@ -209,7 +219,7 @@ def test_an_update_that_was_lost_moves_feddyns_gradients_on_neither_side():
     train_task(own, *ask(2))  # acknowledges round 1
     task, download = ask(3)
     train_task(own, dataclasses.replace(task, acknowledged=1), download)  # round 2 was lost
-    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=1)  # and so was this
+    kept = _gradients(memory_of(own), plan, 0.5, acknowledged=1)  # and so was this
     for spec in plan.specs:
         if not spec.is_statistic:
             assert_allclose(kept[spec.name], -0.5 * first[spec.name], rtol=1e-5, atol=1e-8)
@@ -219,15 +229,17 @@ def test_feddyn_with_local_norms_leaves_them_alone():
     _, plan, ask = server(local_norms=True)
     own = client(**DYNAMIC, **LOCAL)
     train_task(own, *ask())
-    kept = _gradients(own.memory("0f"), plan, 0.5, acknowledged=1)
+    kept = _gradients(memory_of(own), plan, 0.5, acknowledged=1)
     assert kept.keys() == plan.by_name.keys()
-    assert own.memory("0f").read("norms").tensors.keys().isdisjoint(plan.by_name)
+    assert memory_of(own).read("norms").tensors.keys().isdisjoint(plan.by_name)
 
 
 def test_what_cannot_be_remembered_is_a_refusal(state):
     state.write_text("a file")
     _, _, ask = server()
-    with pytest.raises(ConfigError, match=r"cannot read .*dynamic\.safetensors.*set state-dir to"):
+    with pytest.raises(
+        ConfigError, match=r"cannot read .*state.*; make it readable .*set state-dir to"
+    ):
         train_task(client(**DYNAMIC), *ask())
 
 

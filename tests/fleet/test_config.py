@@ -31,7 +31,11 @@ def test_every_default_lands_under_its_own_name():
     for key, kind, _ in describe_settings():
         if kind is str:
             continue
-        needs = {"views": {"augmentation": "flip"}, "local-norms": {"evaluation": "clients"}}
+        needs = {
+            "views": {"augmentation": "flip"},
+            "local-norms": {"evaluation": "clients"},
+            "resume": {"run-dir": "runs/first"},
+        }
         value = probes[kind](default_settings()[key])
         settings = default_settings() | needs.get(key, {}) | {key: value}
         assert read_config(settings).as_settings() == settings
@@ -200,3 +204,18 @@ def test_a_pull_at_which_training_diverges_is_refused():
             p.grad = torch.zeros(1)
             sgd.step()
         assert (p.abs().item() > 1) is grows
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("soft-temperature", -1.0, 150),
+        ("soft-temperature", 151.0, 150),
+        ("soft-temperature", float("nan"), 150),
+        ("least-battery", -0.5, 100),
+        ("least-battery", 100.5, 100),
+    ],
+)
+def test_when_a_device_holds_back_is_a_number_within_reason(key, value, most):
+    with pytest.raises(ConfigError, match=f"{key} must be a number from 0 to {most}, got {value}"):
+        read_config(default_settings() | {key: value})

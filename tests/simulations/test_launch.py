@@ -40,6 +40,7 @@ def test_a_run_leaves_records_model_and_page(tmp_path):
         "summary.json",
         "model.safetensors",
         "report.html",
+        "checkpoints",
     }
 
 

@@ -96,6 +96,7 @@ def test_a_run_of_the_default_backbone_leaves_its_records_and_a_model_that_works
         "summary.json",
         "report.html",
         "model.safetensors",
+        "checkpoints",
     }
     facts = tomllib.loads(record.config_path.read_text())
     assert facts["settings"].keys() == default_settings().keys()
@@ -142,10 +143,11 @@ def test_a_run_of_another_method_in_between_changes_nothing(launch):
 
 def test_a_directory_that_holds_a_run_is_left_alone(launch):
     record = launch(method="head", rounds=1)
-    files = {path.name: path.read_bytes() for path in record.path.iterdir()}
+    files = {path: path.read_bytes() for path in record.path.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=f"{record.path} holds a run already; name another"):
         launch(run_dir=str(record.path))
-    assert {path.name: path.read_bytes() for path in record.path.iterdir()} == files
+    there = {path: path.read_bytes() for path in record.path.rglob("*") if path.is_file()}
+    assert there == files
 
 
 @pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])

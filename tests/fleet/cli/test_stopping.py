@@ -46,7 +46,8 @@ def check_record(run_dir, tmp_path):
     assert not record.summary_path.exists()
     assert f"<td>{last}</td>" in record.page_path.read_text()
     assert {path.name for path in run_dir.iterdir()} <= {
-        *("config.toml", "rounds.jsonl", "model.safetensors", "report.html", "clients")
+        *("config.toml", "rounds.jsonl", "model.safetensors", "report.html", "clients"),
+        "checkpoints",
     }
     again = ("simulate", str(record.config_path), "--run-dir", str(tmp_path / "again"))
     result = CliRunner().invoke(main, [*again, "--rounds", str(last)])
@@ -77,7 +78,7 @@ def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
         f"stopped after round {last}; its model and all rounds until then are in {run_dir}"
     )
     assert look == f"look at them:  fleet report {run_dir}"
-    assert repeat == f"begin it anew: fleet simulate {run_dir}/config.toml"
+    assert repeat == f"go on with it:  fleet simulate --resume {run_dir}"
 
 
 def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path):
@@ -113,7 +114,7 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
         (("local", "2", ("wandb:my fleets",)), " --workers 2 --log-to 'wandb:my fleets'"),
     ],
 )
-def test_the_command_that_repeats_a_run_has_what_its_config_does_not_hold(given, words):
+def test_the_command_that_goes_on_with_a_run_has_what_its_config_does_not_hold(given, words):
     assert _beside_config(*given) == words
 
 
@@ -176,7 +177,7 @@ def test_a_run_on_flower_that_is_stopped_leaves_no_process_behind(tmp_path, numb
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     if len(numbers) == 1:
-        assert stderr.endswith(f"fleet simulate {run_dir}/config.toml --engine flower\n")
+        assert stderr.endswith(f"fleet simulate --resume {run_dir} --engine flower\n")
         check_record(run_dir, tmp_path)
 
 
@@ -205,7 +206,7 @@ def test_ctrl_c_before_the_first_round_says_so(interrupted, tmp_path):
     folder = tmp_path / "my run"
     assert interrupted(folder, create=True) == (
         f"stopped before the first round; settings are in {folder}\n"
-        f"begin it anew: fleet simulate '{folder}/config.toml'\n"
+        f"go on with it:  fleet simulate --resume '{folder}'\n"
     )
 
 

@@ -17,7 +17,8 @@ from fleet.deploy.diagnosis import diagnose
 from fleet.deploy.flower_process import node_config
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import Provisioner
-from fleet.deploy.supernode import HALF_DEAD, has_unsent_reply, send_late_replies
+from fleet.deploy.supernode import HALF_DEAD
+from fleet.deploy.supernode_link import has_unsent_reply, send_late_replies
 from fleet.deploy.supervisor import Ending
 from fleet.errors import ConfigError
 
@@ -201,8 +202,9 @@ import signal, sys, threading, types
 from fleet.deploy import supernode
 supernode._WATCH_SECONDS = 0.05
 supernode._GRACE_SECONDS = 20.0
+sys.argv = ["supernode", "--cold", "--host", "127.0.0.1", "--port", "9"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Flower does
-supernode.send_late_replies = lambda loop: None
+supernode.improve = lambda: None
 fake = types.ModuleType("flwr.supernode.cli")
 def flower_supernode():
 {code}

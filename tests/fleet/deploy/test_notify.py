@@ -78,27 +78,6 @@ def test_a_full_queue_does_not_hold_the_service_up_for_ever(systemd, caplog, mon
     assert "timed out" in caplog.records[0].message
 
 
-@pytest.mark.parametrize(
-    ("microseconds", "process", "seconds"),
-    [
-        ("180000000", None, 180.0),
-        ("180000000", "own", 180.0),
-        ("180000000", "1", None),
-        ("0", None, None),
-        ("soon", None, None),
-        (None, None, None),
-    ],
-)
-def test_the_watchdogs_time_is_this_processs_own(monkeypatch, microseconds, process, seconds):
-    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
-    monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    if microseconds is not None:
-        monkeypatch.setenv("WATCHDOG_USEC", microseconds)
-    if process is not None:
-        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if process == "own" else process)
-    assert notify.watchdog_seconds() == seconds
-
-
 def test_it_is_light():
     code = (
         "import sys, fleet.deploy.notify; print(*({'torch', 'flwr', 'numpy'} & set(sys.modules)))"

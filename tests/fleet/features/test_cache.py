@@ -414,6 +414,24 @@ def test_a_shard_cut_short_is_dropped_and_named(seed, small_shards, warned, tmp_
     assert right_rows(open_cache(tmp_path), range(12)) == 12
 
 
+@pytest.mark.parametrize("damage", ["a flipped bit", "a cut"])
+def test_two_hundred_damages_are_all_noticed_and_the_rows_made_anew(damage, tmp_path):
+    fill(tmp_path, range(5))
+    (shard,) = shards(tmp_path)
+    whole, rng = shard.read_bytes(), np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        if damage == "a cut":
+            del damaged[rng.integers(len(whole)) :]
+        else:
+            bit = rng.integers(8 * len(whole))
+            damaged[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(damaged)
+        assert right_rows(open_cache(tmp_path), range(5)) < 5
+    shard.write_bytes(whole)
+    assert right_rows(open_cache(tmp_path), range(5)) == 5
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_shard_cut_short_after_opening_kills_nobody(seed, small_shards, tmp_path):
     fill(tmp_path, range(12))
