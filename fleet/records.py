@@ -593,7 +593,7 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
 def _unwritten(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
         f"cannot write {path}: {_reason(error)}; free space or give write permission there, "
-        f"then run again with another run-dir"
+        f"then resume the run, or run again with another run-dir"
     )
 
 
