@@ -1,12 +1,12 @@
 """Who a client is, and what of the run's settings its device decides itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clients.memory import ClientMemory, state_directory
 from clients.round_memory import RoundMemory
-from fleet.config import RunConfig, Value, budget
+from fleet.config import DeviceConfig, RunConfig, Value, budget
 from fleet.errors import ConfigError
 from fleet.message import Task
 from fleet.planner import MIB, available_bytes
@@ -21,8 +21,8 @@ class Client:
     Attributes:
         name: stable over rounds and restarts.
         node_config: what this device was started with. `name`, `data`,
-            `blocks`, `budget-mib` and `weights` are its own; `partition-id` and
-            `num-partitions` come from a simulation.
+            `blocks`, `budget-mib`, `weights`, `soft-temperature` and `least-battery`
+            are its own; `partition-id` and `num-partitions` come from a simulation.
         config: the run's.
     """
 
@@ -39,9 +39,24 @@ class Client:
         return cls(str(node_config.get("name", fallback)), node_config, config)
 
     @property
-    def is_simulated(self) -> bool:
+    def simulated(self) -> bool:
         """Whether it is one of the partitions of a run's data, not a device with its own."""
         return "partition-id" in self.node_config
+
+    def holds_back(self) -> DeviceConfig:
+        """At which temperature and charge this client's device holds back.
+
+        Raises:
+            ConfigError: if the device misstates one.
+        """
+        if self.simulated:
+            return DeviceConfig(soft_temperature=0.0, least_battery=0.0)
+        ours = self.config.device
+        return replace(
+            ours,
+            soft_temperature=self.node_config.get("soft-temperature", ours.soft_temperature),
+            least_battery=self.node_config.get("least-battery", ours.least_battery),
+        )
 
     def blocks(self, widest: int) -> int:
         """How many of the plan's blocks this client trains."""

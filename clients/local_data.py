@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from fleet.config import DataConfig, Value
-from fleet.data import ImageData, load_data, partition, split_validation
+from fleet.data import ImageData, load_data, load_device_data, partition, split_validation
 from fleet.errors import ConfigError
 
 
@@ -16,16 +16,15 @@ def local_data(
 ) -> tuple[ImageData, ImageData]:
     """Training and validation images of one client.
 
-    A node configuration with `data` names this device's own, whose held-out
-    part validates; one with `partition-id` and `num-partitions` takes its share
+    A node configuration with `data` names this device's own, as it is now, whose
+    held-out part validates; one with `partition-id` and `num-partitions` takes its share
     of the run's, a fraction of which validates.
 
     Raises:
         ConfigError: if it has neither, or the data cannot be read.
     """
     if "data" in node_config:
-        source, skip = str(node_config["data"]), config.skip_unreadable
-        return tuple(load_data(source, s, skip_unreadable=skip) for s in ("train", "test"))
+        return load_device_data(str(node_config["data"]))
     if "partition-id" in node_config and "num-partitions" in node_config:
         images = _fleet_data(config, seed)
         shares = _shares(config, seed, int(node_config["num-partitions"]))
@@ -53,7 +52,8 @@ def relabel(images: ImageData, classes: tuple[str, ...]) -> ImageData:
     if unknown := sorted(set(images.classes) - set(classes)):
         raise ConfigError(
             f"{images.name} has classes {', '.join(unknown[:5])}, which the server does not know; "
-            f"it knows {', '.join(classes[:12])}"
+            f"it knows {', '.join(classes[:12])}; move these folders away, or begin a run that "
+            f"knows them"
         )
     to_server = np.array([classes.index(name) for name in images.classes], np.int64)
     return replace(images, classes=classes, labels=to_server[images.labels])

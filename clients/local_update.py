@@ -1,26 +1,25 @@
 """One round on one client, from the server's state to the client's update."""
 
-from dataclasses import replace
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
+from clients.attempts import Attempt, Experience, attempting, recall, recover
 from clients.client import Client
-from clients.device import device_metrics
+from clients.device import Cooling, check_battery, device_metrics
 from clients.feedback import encode_update
 from clients.journal import note, noted
 from clients.local_data import local_data, relabel
 from clients.model import receive
 from clients.personal import keep_gradients, keep_norms, objective
+from clients.share import LimitTooLow, Share, share_of
 from fleet.backbones import Backbone
 from fleet.codec import Download, Payload, decode
-from fleet.config import LocalConfig
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import UpdatePlan
-from fleet.planner import afford_locally
 from fleet.state import Arrays, capture
 from fleet.train import train_locally
 
@@ -40,7 +39,7 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     Raises:
         FleetError: as `train_once`.
     """
-    if client.is_simulated:
+    if client.simulated:
         return train_once(client, task, download)
     memory = client.memory(task.run)
     before = noted(memory, task, download)
@@ -60,27 +59,36 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
         device's own.
 
     Raises:
-        FleetError: if plan, state or data do not fit this client.
+        FleetError: if plan, state or data do not fit this client, or its device
+            declines.
     """
+    holds_back = client.holds_back()
+    check_battery(holds_back.least_battery)
+    cooling = Cooling(holds_back.soft_temperature, client.config.federation.round_timeout)
     config, memory = client.config, client.round_memory(task)
     backbone, plan, state = receive(client, task, download, memory)
     training, _ = local_data(client.node_config, config.data, config.seed)
-    narrow, local, facts = _within_budget(client, backbone, plan)
+    share, learnt, marked = _plan_share(client, backbone, plan, task)
+    narrow = share.plan
     # Cut where the widest plan is: what lies above changes from round to round.
     cut = first_trained_step(backbone.steps, plan)
     round_seed = _round_seed(config.seed, task.server_round, client.name)
     received = state.narrow(narrow).tensors
-    result = train_locally(
-        TransferModel(backbone, narrow, local.stash, cut),
-        relabel(training, task.classes),
-        backbone.preprocessing,
-        local,
-        seed=round_seed,
-        features=config.features,
-        proximal=objective(
-            config.federation, _parameters(received, narrow), plan, memory, task.acknowledged
-        ),
+    proximal = objective(
+        config.federation, _parameters(received, narrow), plan, memory, task.acknowledged
     )
+    images = relabel(training, task.classes)
+    with marked:
+        result = train_locally(
+            TransferModel(backbone, narrow, share.local.stash, cut),
+            images,
+            backbone.preprocessing,
+            share.local,
+            seed=round_seed,
+            features=config.features,
+            proximal=proximal,
+            before_step=cooling,
+        )
     update = {
         name: trained if narrow.by_name[name].is_statistic else trained - received[name]
         for name, trained in capture(backbone.model, narrow).tensors.items()
@@ -99,7 +107,10 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
     if config.federation.objective == "feddyn":
         sent = _parameters(decode(payload, narrow), narrow)
         keep_gradients(config.federation, sent, plan, memory, task)
-    return payload, metrics | facts | device_metrics()
+    if training.skipped:
+        metrics["skipped-images"] = training.skipped
+    told = share.metrics() | learnt.metrics() | cooling.metrics() | device_metrics()
+    return payload, metrics | told
 
 
 def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
@@ -124,29 +135,27 @@ def _parameters(tensors: Arrays, plan: UpdatePlan) -> dict[str, np.ndarray]:
     return {name: a for name, a in tensors.items() if not plan.by_name[name].is_statistic}
 
 
-def _within_budget(
-    client: Client, backbone: Backbone, plan: UpdatePlan
-) -> tuple[UpdatePlan, LocalConfig, dict[str, int]]:
-    """The sub-plan that this client trains, and how, and what the planner says of it.
-
-    Within a budget the run's batch size is the most, and the stash is the
-    planner's choice.
-    """
-    local, own = client.config.local, plan
-    if plan.method not in ("head", "full"):
-        own = plan.narrow(client.blocks(plan.blocks))
-    budget_bytes = client.budget_bytes()
-    if budget_bytes is None:
-        return own, local, {}
-    cut = first_trained_step(backbone.steps, plan)
-    pulled = client.config.federation.objective != "plain"
-    found = _afford(backbone, own, budget_bytes, local, proximal=pulled, cut=cut)
-    facts = {"budget-bytes": budget_bytes, "planned-peak-bytes": found.peak_bytes}
-    return found.plan, replace(local, stash=found.stash, batch_size=found.batch_size), facts
-
-
-# A simulated fleet's devices have few different budgets.
-_afford = lru_cache(maxsize=64)(afford_locally)
+def _plan_share(
+    client: Client, backbone: Backbone, plan: UpdatePlan, task: Task
+) -> tuple[Share, Experience, AbstractContextManager[None]]:
+    """What this client trains, what it knows of its memory, and the mark while it trains."""
+    if client.simulated:
+        unmarked = Experience()
+        return share_of(client, backbone, plan, unmarked), unmarked, nullcontext()
+    memory = client.memory(task.run)  # of all rounds: a death is not undone by a repeated one
+    learnt = recall(memory)
+    try:
+        share = share_of(client, backbone, plan, learnt)
+    except LimitTooLow:
+        recover(memory, learnt)
+        raise
+    attempt = Attempt(
+        server_round=task.server_round,
+        blocks=share.plan.blocks,
+        batch_size=share.local.batch_size,
+        peak_bytes=share.peak_bytes,
+    )
+    return share, learnt, attempting(memory, learnt, attempt)
 
 
 def _round_seed(seed: int, server_round: int, name: str) -> list[int]:

@@ -72,7 +72,7 @@ class ClientMemory:
             )
         self._directory = Path(directory)
         self._run = self._directory / run
-        self._folder = self._run / _file_name(client)
+        self._folder = self._run / file_name(client)
 
     def read(self, part: str) -> Remembered | None:
         """What was written last; None if nothing was, or it is damaged.
@@ -185,7 +185,7 @@ def state_directory(setting: str) -> Path:
     return Path(where).expanduser()
 
 
-def _file_name(client: str) -> str:
+def file_name(client: str) -> str:
     """A name that every file system takes, and that no other client has.
 
     What can be read of it is for people; the digest tells clients apart, also

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from clients.client import Client
+from clients.last_model import keep_model
 from clients.personal import load_norms, pretrained_norms
 from clients.round_memory import RoundMemory
 from fleet.backbones import Backbone, backbone_of
@@ -80,6 +81,8 @@ def receive(
         _keep_version(state, download.versions[-1], memory)
     load(own.backbone.model, state)
     load_norms(own.backbone.model, own.plan, memory, own.norms)
+    if state.first_not_finite() is None:
+        keep_model(client, own.backbone, task.classes)
     return own.backbone, own.plan, state
 
 

@@ -153,6 +153,28 @@ def budget(value: Value) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """When a real device holds back; a simulated one never does."""
+
+    soft_temperature: float = setting(
+        "soft-temperature",
+        "°C of the processor at which a device pauses until it is 5 °C cooler; 0: never",
+    )
+    least_battery: float = setting(
+        "least-battery",
+        "% of charge below which a device that is not charging declines to train; 0: never",
+    )
+
+    def __post_init__(self) -> None:
+        for key, most in (("soft_temperature", 150), ("least_battery", 100)):
+            value = getattr(self, key)  # a device's own configuration may hold anything
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ConfigError(
+                    f"{key.replace('_', '-')} must be a number from 0 to {most}, got {value!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalConfig:
     """One client's round."""
 
@@ -324,6 +346,7 @@ class RunConfig:
     plan: PlanConfig
     local: LocalConfig
     budget: BudgetConfig
+    device: DeviceConfig
     features: FeatureConfig
     federation: FederationConfig
     seed: int = setting("seed", "decides partition, sampling and the order of images")

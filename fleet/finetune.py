@@ -42,6 +42,8 @@ class Fitted:
     Attributes:
         model: the torchvision or timm model itself, in eval mode; its
             `state_dict` has the keys that it always had.
+        backbone: its name, as `load_backbone` takes it; of a torchvision model that
+            was given as an object, its class.
         classes: names of its outputs, in order.
         transform: RGB image → (3, S, S) float32, the model's input.
         preprocessing: what `transform` does.
@@ -53,6 +55,7 @@ class Fitted:
     """
 
     model: nn.Module
+    backbone: str
     classes: tuple[str, ...]
     transform: Callable[[Image.Image], Tensor]
     preprocessing: Preprocessing
@@ -137,6 +140,7 @@ def fit(
                 parameter.requires_grad_(flags.get(parameter, True))
     return Fitted(
         model=backbone.model,
+        backbone=backbone.name,
         classes=images.classes,
         transform=partial(to_tensor, preprocessing=backbone.preprocessing),
         preprocessing=backbone.preprocessing,
@@ -233,9 +237,15 @@ def _backbone(
         )
     else:
         told = preprocessing or preprocessing_of(model, config.model.image_size)
-        backbone = read_backbone(type(model).__name__, model, told, len(images.classes))
+        backbone = read_backbone(_name_of(model), model, told, len(images.classes))
     backbone.model.to(pick_device(config.local.device))
     return backbone
+
+
+def _name_of(model: nn.Module) -> str:
+    """timm's models tell their architecture, torchvision's their class alone."""
+    told = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return f"timm:{told}" if told else type(model).__name__
 
 
 def _affordable(

@@ -26,6 +26,9 @@ MIN_BATCH_SIZE = 8  # statistics of smaller batches teach badly
 MIB = 2**20
 
 _OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of control groups: files of the limit and of what is used; what of it the kernel drops.
+_SECOND_VERSION = "memory.max", "memory.current", "inactive_file"
+_FIRST_VERSION = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,25 +235,34 @@ def _control_groups() -> list[tuple[int, int]]:
         return []
     found = []
     for line in lines:
-        if not line.startswith("0::/"):  # of the first version of control groups
-            continue
-        group = _GROUPS / line.removeprefix("0::/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(_GROUPS):
-                break
-            try:
-                limit = (folder / "memory.max").read_text().strip()
-                if limit != "max":
-                    found.append((int(limit), _used_bytes(folder)))
-            except (OSError, ValueError):  # the root has none, or it is not to be read
-                continue
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            found += _limits(_GROUPS, group, _SECOND_VERSION)
+        elif "memory" in controllers.split(","):
+            found += _limits(_GROUPS / "memory", group, _FIRST_VERSION)
     return found
 
 
-def _used_bytes(folder: Path) -> int:
+def _limits(root: Path, group: str, files: tuple[str, str, str]) -> list[tuple[int, int]]:
+    """Of a group and all around it; in a container the own group's folder may not be there."""
+    limit_file, used_file, dropped = files
+    own, found = root / group.lstrip("/"), []
+    for folder in (own, *own.parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            limit = (folder / limit_file).read_text().strip()
+            if limit != "max":
+                found.append((int(limit), _used_bytes(folder, used_file, dropped)))
+        except (OSError, ValueError):  # the root has none, or it is not to be read
+            continue
+    return found
+
+
+def _used_bytes(folder: Path, used: str, dropped: str) -> int:
     """Of a control group, without pages of files that the kernel drops before it kills."""
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return int((folder / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+    return int((folder / used).read_text()) - int(stat.get(dropped, 0))
 
 
 def _last(rising: range | tuple[int, ...], works: Callable[[int], bool]) -> int | None:

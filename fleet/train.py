@@ -52,6 +52,7 @@ def train_locally(
     features: FeatureConfig | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     proximal: Proximal | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
@@ -65,6 +66,8 @@ def train_locally(
         on_epoch: is given each epoch's number, from 0 on, and its mean loss.
         proximal: a term of the objective beside the loss; the loss that is
             reported is without it.
+        before_step: is called before every step, where a device may pause; what it
+            raises ends the training.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
@@ -92,6 +95,7 @@ def train_locally(
 
     def train_on(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         for x, labels in batches:
+            before_step()
             if config.schedule == "cosine":
                 optimizer.learning_rate = config.learning_rate * cosine(len(losses) / steps)
             try:

@@ -1,7 +1,6 @@
 """The ServerApp: reads the configuration and wires the parts."""
 
 import contextlib
-import json
 import math
 import secrets
 from collections import Counter
@@ -25,6 +24,7 @@ from fleet.records import RoundReport, RunRecord, summarise
 from fleet.report import write_page
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
+from fleet.trained import facts_of
 from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
@@ -161,12 +161,9 @@ class _GlobalModel:
 
     def save(self, state: TrainableState, record: RunRecord) -> None:
         load(self.backbone.model, state)
-        facts = {  # what is needed to use the model again
-            "backbone": self.backbone.name,
-            "image_size": str(self.backbone.preprocessing.image_size),
-            "classes": json.dumps(self.classes),
-        }
-        record.save_model(self.backbone.model.state_dict(), facts)
+        own = self.backbone
+        facts = facts_of(own.name, own.model, self.classes, own.preprocessing)
+        record.save_model(own.model.state_dict(), facts)
 
 
 def _check_loss(report: RoundReport, server_learning_rate: float) -> None:

@@ -1,8 +1,6 @@
-"""A Flower deployment on loopback: certificates, node keys and processes."""
+"""Processes of a deployment on loopback, each with a log."""
 
 import contextlib
-import datetime
-import ipaddress
 import os
 import random
 import shutil
@@ -15,102 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 HOST = "127.0.0.1"
-
-
-def write_certificates(folder: Path) -> Path:
-    """An authority, `ca.crt`, and what it signed for loopback, `server.pem` with `server.key`.
-
-    Returns:
-        The authority's path.
-    """
-    authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    names = [x509.IPAddress(ipaddress.ip_address(HOST)), x509.DNSName("localhost")]
-    ours = _certificate(authority, authority, None)
-    theirs = _certificate(server, authority, names)
-    pem = serialization.Encoding.PEM
-    (folder / "ca.crt").write_bytes(ours.public_bytes(pem))
-    (folder / "server.pem").write_bytes(theirs.public_bytes(pem))
-    (folder / "server.key").write_bytes(
-        server.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return folder / "ca.crt"
-
-
-def _certificate(
-    key: ec.EllipticCurvePrivateKey,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    names: list[x509.GeneralName] | None,
-) -> x509.Certificate:
-    """A server's for `names`, or, without names, an authority's.
-
-    With every extension that Python 3.13's strict verification asks for.
-    """
-    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
-    signs = names is None
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(_AUTHORITY if signs else _common_name("fleet test server"))
-        .issuer_name(_AUTHORITY)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - day)
-        .not_valid_after(now + day)
-        .add_extension(x509.BasicConstraints(ca=signs, path_length=None), critical=True)
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=not signs,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=signs,
-                crl_sign=signs,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            critical=True,
-        )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()),
-            critical=False,
-        )
-    )
-    if names is not None:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return builder.sign(issuer_key, hashes.SHA256())
-
-
-def _common_name(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-_AUTHORITY = _common_name("fleet test authority")
-
-
-def write_node_key(path: Path) -> Path:
-    """A key pair as `ssh-keygen -t ecdsa -b 384 -N "" -f path` writes it; returns `path`."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-    )
-    path.chmod(0o600)
-    path.with_suffix(".pub").write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-    )
-    return path
 
 
 def free_ports(count: int) -> list[int]:
@@ -170,6 +74,10 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def process(self, name: str) -> psutil.Process:
+        """A process that was started."""
+        return psutil.Process(self._started[name].pid)
 
     def exit_code(self, name: str) -> int | None:
         """None while the process runs."""

@@ -4,7 +4,21 @@ from typing import Any
 
 import click
 
-from fleet.cli import compare, measure, plan, report, simulate
+from fleet.cli import (
+    client,
+    compare,
+    doctor,
+    export,
+    measure,
+    plan,
+    predict,
+    provision,
+    report,
+    run,
+    server,
+    service,
+    simulate,
+)
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.errors import FleetError
@@ -28,5 +42,10 @@ def main() -> None:
     """Fine-tune mobile CNNs on fleets of small devices."""
 
 
-for _command in (simulate.command, compare.command, report.command, plan.command, measure.command):
-    main.add_command(_command)
+_SIMULATIONS = (simulate, compare, report)
+_SERVER = (provision, server, run)
+_DEVICE = (client, doctor)
+_LIBRARY = (measure, plan, export, predict)
+
+for _module in (*_SIMULATIONS, *_SERVER, *_DEVICE, service, *_LIBRARY):
+    main.add_command(_module.command)

@@ -19,7 +19,7 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
 
 
-def _setting_options(command: Callable) -> Callable:
+def setting_options(command: Callable) -> Callable:
     """One option for every setting of a run; the defaults are pyproject.toml's."""
     defaults = default_settings()
     for key, kind, meaning in reversed(describe_settings()):
@@ -42,7 +42,7 @@ def _setting_options(command: Callable) -> Callable:
     metavar="RUN",
     help="Folder of a run that was ended: it goes on, with more --rounds if you like.",
 )
-@_setting_options
+@setting_options
 @click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
 @click.option(
     "--workers",

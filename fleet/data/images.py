@@ -31,6 +31,7 @@ class ImageData:
         labels: (N,) int64, read-only.
         read: i → image i in RGB. Picklable, so that worker processes can have it.
         identify: i → `identity(i)` without decoding, where the source can; picklable too.
+        skipped: files of the source that are left out, as they cannot be read.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ImageData:
     labels: np.ndarray
     read: Callable[[int], Image.Image]
     identify: Callable[[int], bytes] | None = None
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         labels = np.array(self.labels, dtype=np.int64)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fleet.data.folders import digest_file, load_folder
+from fleet.data.growing import load_growing
 from fleet.data.images import ImageData, digest, need
 from fleet.data.splits import Split, held_out, take_stratified
 from fleet.data.tables import SUFFIXES, load_hugging_face, load_table, table_files
@@ -59,6 +60,24 @@ def load_data(
     data = _open(source, split, skip_unreadable)
     _check(data, source, split)
     return take_stratified(data, limit, seed) if limit else data
+
+
+def load_device_data(source: str) -> tuple[ImageData, ImageData]:
+    """Training and held-out images of a device, as they are now.
+
+    An ImageFolder may grow and shrink, and may lack classes of the task:
+    `load_growing`. Other sources are as `load_data` opens them.
+
+    Args:
+        source: as `load_data` takes it.
+
+    Raises:
+        ConfigError: as `load_data` and `load_growing`.
+    """
+    path = Path(source).expanduser()
+    if source not in BUILT_IN and os.path.isdir(path) and not table_files(path):
+        return load_growing(path)
+    return load_data(source, "train"), load_data(source, "test")
 
 
 def _check(data: ImageData, source: str, split: Split) -> None:

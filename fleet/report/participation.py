@@ -25,6 +25,8 @@ class Part:
         bytes_up, bytes_down: of all messages, evaluation and head start included;
             0 down in records of versions that did not keep them.
         full_states: rounds in which it was sent the state itself.
+        killed: rounds that counted and before which its training had been ended for
+            want of memory; it plans smaller from there on.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Part:
     bytes_up: int
     bytes_down: int
     full_states: int
+    killed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Group:
     Attributes:
         blocks: as in `Part`.
         clients: how many they are.
-        asked, counted, refused, late, bytes_up, bytes_down, full_states: sums over them.
+        asked, counted, refused, late, bytes_up, bytes_down, full_states, killed: sums
+            over them.
         share_of_fleet, share_of_asked, share_of_counted: 0…1, of all groups; None if
             there is nothing to share. Alike where nobody is favoured.
     """
@@ -62,6 +66,7 @@ class Group:
     share_of_fleet: float | None
     share_of_asked: float | None
     share_of_counted: float | None
+    killed: int = 0
 
 
 def participation(rounds: Iterable[RoundReport]) -> list[Part]:
@@ -79,6 +84,9 @@ def participation(rounds: Iterable[RoundReport]) -> list[Part]:
         for name in asked:
             end = "counted" if name in trained else "late" if name in report.late else "refused"
             sums.setdefault(name, Counter()).update({"asked": 1, end: 1})
+        for client in report.clients:
+            if client.metrics.get("killed-before"):
+                sums.setdefault(client.name, Counter()).update({"killed": 1})
         for name, (up, down) in report.bytes_by_client.items():
             # A sender that nothing was sent to is none of the fleet's.
             if down or name in sums:
@@ -118,7 +126,16 @@ def share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-_SUMS = ("asked", "counted", "refused", "late", "bytes_up", "bytes_down", "full_states")
+_SUMS = (
+    "asked",
+    "counted",
+    "refused",
+    "late",
+    "bytes_up",
+    "bytes_down",
+    "full_states",
+    "killed",
+)
 
 
 def _asked(report: RoundReport) -> Sequence[str]:

@@ -66,15 +66,22 @@ def _who_took_part(parts: Sequence[Part], groups: Sequence[Group], late_replies:
     )
     if late_replies:
         note += f" Replies that came after their round and were dropped: {late_replies}."
+    killed = any(part.killed for part in parts)
+    if killed:
+        columns += ("killed",)
+        note += (
+            " killed: rounds before which training had been ended for want of memory; the device "
+            "plans smaller from there on."
+        )
     if len(parts) <= _MOST_ROWS:
-        rows = [(part.name, _blocks(part), *_counts(part)) for part in parts]
+        rows = [(part.name, _blocks(part), *_counts(part, killed)) for part in parts]
         return Grid("Who took part", ("client", "k", *columns), rows, note, named=True)
-    rows = [(_blocks(group), str(group.clients), *_counts(group)) for group in groups]
+    rows = [(_blocks(group), str(group.clients), *_counts(group, killed)) for group in groups]
     note += " --format json has every client."
     return Grid("Who took part", ("k", "clients", *columns), rows, note)
 
 
-def _counts(part: Part | Group) -> tuple[str, ...]:
+def _counts(part: Part | Group, killed: bool) -> tuple[str, ...]:
     told = part.bytes_down > 0  # older records do not
     return (
         str(part.asked),
@@ -85,6 +92,7 @@ def _counts(part: Part | Group) -> tuple[str, ...]:
         f"{part.bytes_up / MIB:.2f}" if told else "–",
         f"{part.bytes_down / MIB:.2f}" if told else "–",
         str(part.full_states) if told else "–",
+        *([str(part.killed)] if killed else []),
     )
 
 

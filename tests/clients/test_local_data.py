@@ -51,9 +51,9 @@ def test_a_device_brings_its_own_images(image_folder):
     node = {"data": folder, "partition-id": 0, "num-partitions": 4}
     training, validation = local_data(node, config(), seed=0)
     assert training.classes == validation.classes == ("cat", "dog")
-    assert pixels(training) == pixels(load_data(folder, "train"))
-    assert pixels(validation) == pixels(load_data(folder, "test"))
-    assert len(training) + len(validation) == 20
+    both = pixels(training) + pixels(validation)
+    assert len(set(both)) == len(both) == 20
+    assert len(training) > len(validation) > 0
 
 
 @pytest.mark.parametrize("node", [{}, {"partition-id": 0}, {"num-partitions": 3}])
@@ -88,7 +88,7 @@ def test_classes_that_the_server_does_not_know_are_named(image_folder):
     text = "has classes dog, yak, which the server does not know; it knows ant, cat"
     with pytest.raises(ConfigError, match=text):
         relabel(images, ("ant", "cat"))
-    with pytest.raises(ConfigError, match="has classes yak, which"):
+    with pytest.raises(ConfigError, match=r"has classes yak, which .*; move these folders away"):
         relabel(replace(images), ("dog", "cat"))
 
 

@@ -283,6 +283,60 @@ def test_a_device_that_misstates_its_budget_is_told_so(value):
         client({"budget-mib": value}).budget_bytes()
 
 
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ({}, (70.0, 30.0)),
+        ({"soft-temperature": 60, "least-battery": 0}, (60, 0)),
+        (OWN, (0, 0)),  # a simulated client is not the machine that it runs on
+    ],
+)
+def test_when_to_hold_back_is_the_device_s_own_or_the_run_s(node, expected):
+    found = client(node, soft_temperature=70.0, least_battery=30.0).holds_back()
+    assert (found.soft_temperature, found.least_battery) == expected
+
+
+@pytest.mark.parametrize("value", ["warm", True, -1])
+def test_a_device_that_misstates_when_to_hold_back_is_told_so(value):
+    text = f"soft-temperature must be a number from 0 to 150, got {value!r}"
+    with pytest.raises(ConfigError, match=text):
+        client({"soft-temperature": value}).holds_back()
+
+
+@pytest.fixture
+def device(image_folder):
+    """Function of its node configuration → a real device with images of two classes."""
+    folder = image_folder("0", "1")
+    return lambda **node: client({"name": "attic", "data": folder} | node)
+
+
+def test_a_device_on_an_empty_battery_declines_before_anything_else(device, monkeypatch):
+    battery = SimpleNamespace(percent=19.0, power_plugged=False)
+    monkeypatch.setattr("clients.device.psutil.sensors_battery", lambda: battery, raising=False)
+    _, _, task, payload = server()
+    with pytest.raises(ConfigError, match="this device declines to train: its battery is at 19 %"):
+        train_task(device(), task, payload)
+    train_task(device(**{"least-battery": 10}), task, payload)
+    train_task(client(), task, payload)  # simulated
+
+
+def test_a_hot_device_pauses_and_says_for_how_long(device, monkeypatch):
+    hot = SimpleNamespace(current=80.0)
+    sensors = iter([[hot], [SimpleNamespace(current=70.0)]])
+    monkeypatch.setattr(
+        "clients.device.psutil.sensors_temperatures",
+        lambda: {"cpu_thermal": next(sensors, [SimpleNamespace(current=50.0)])},
+        raising=False,
+    )
+    monkeypatch.setattr("clients.device.time.sleep", lambda seconds: None)
+    _, _, task, payload = server()
+    own = device()
+    _, metrics = train_task(own, task, payload)
+    assert metrics["paused-seconds"] >= 0
+    assert next(sensors, None) is None  # it looked until it was cooler
+    assert "paused-seconds" not in train_task(client(), task, payload)[1]
+
+
 def test_features_are_cut_where_the_widest_plan_is(monkeypatch, tmp_path):
     """A narrow device keeps the same features whatever others do to the blocks above."""
     monkeypatch.setenv("FLEET_CACHE", str(tmp_path))

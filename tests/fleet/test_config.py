@@ -204,3 +204,18 @@ def test_a_pull_at_which_training_diverges_is_refused():
             p.grad = torch.zeros(1)
             sgd.step()
         assert (p.abs().item() > 1) is grows
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("soft-temperature", -1.0, 150),
+        ("soft-temperature", 151.0, 150),
+        ("soft-temperature", float("nan"), 150),
+        ("least-battery", -0.5, 100),
+        ("least-battery", 100.5, 100),
+    ],
+)
+def test_when_a_device_holds_back_is_a_number_within_reason(key, value, most):
+    with pytest.raises(ConfigError, match=f"{key} must be a number from 0 to {most}, got {value}"):
+        read_config(default_settings() | {key: value})

@@ -330,7 +330,7 @@ def test_model_that_is_none_is_refused(digits):
 
 
 def test_package_has_nothing_else_to_offer():
-    assert fleet.__all__ == ["fit"]
+    assert fleet.__all__ == ["export", "fit", "predict"]
     with pytest.raises(AttributeError, match="module 'fleet' has no attribute 'training'"):
         _ = fleet.training
 

@@ -367,9 +367,39 @@ def test_group_that_is_not_mounted_here_falls_back_to_the_containers_root(device
     assert available_bytes(0) == 600
 
 
-def test_groups_of_the_first_version_are_not_looked_up(device):
-    device(1000, "4:memory:/a\n10:cpu:/a\n0::/b", {"a": limited(1, 0), "b": limited(700, 100)})
+def test_other_controllers_groups_are_not_looked_up(device):
+    device(1000, "4:pids:/a\n10:cpu:/a\n0::/b", {"a": limited(1, 0), "b": limited(700, 100)})
     assert available_bytes(0) == 600
+
+
+UNLIMITED = 0x7FFFFFFFFFFFF000  # what the first version says where there is no limit
+
+
+def limited_in_the_first_version(limit, used, dropped=0):
+    stat = f"inactive_file 1\ntotal_inactive_file {dropped}"
+    return {
+        "memory.limit_in_bytes": limit,
+        "memory.usage_in_bytes": used + dropped,
+        "memory.stat": stat,
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({}, 1000),
+        ({"memory": (UNLIMITED, 900)}, 1000),
+        ({"memory/a": (700, 100), "memory/a/b": (UNLIMITED, 100)}, 600),
+        ({"memory/a/b": (700, 100, 50)}, 600),
+        ({"memory": (500, 100)}, 400),  # a container's own, at whose root it is mounted
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("controllers", ["memory", "cpu,memory"])
+def test_groups_of_the_first_version_bound_what_is_free(device, groups, expected, controllers):
+    files = {name: limited_in_the_first_version(*group) for name, group in groups.items()}
+    device(1000, f"4:{controllers}:/a/b\n1:name=systemd:/a\n0::/", files)
+    assert available_bytes(0) == expected
 
 
 def test_a_file_that_may_not_be_read_does_not_hide_the_groups_around_it(device, tmp_path):

@@ -86,6 +86,29 @@ def test_many_clients_are_a_row_for_each_k():
     assert found.note.endswith("--format json has every client.")
 
 
+def killed(report, *names):
+    """The same round, before which these clients' trainings were killed for memory."""
+    metrics = {"killed-before": 1, "memory-limit-bytes": 2**24}
+    clients = (replace(c, metrics=metrics) if c.name in names else c for c in report.clients)
+    return replace(report, clients=tuple(clients))
+
+
+def test_a_device_that_was_killed_for_memory_is_seen():
+    rounds = [killed(many(2), "pi-001"), killed(many(2), "pi-001"), many(2)]
+    found = grid(rounds, "Who took part")
+    assert found.columns[-1] == "killed"
+    assert [(row[0], row[-1]) for row in found.rows] == [("pi-000", "0"), ("pi-001", "2")]
+    assert "the device plans smaller from there on" in found.note
+    assert "killed" in drawn(found) and "…" not in drawn(found)
+    many_rows = grid([killed(many(31), "pi-001", "pi-003", "pi-004")], "Who took part").rows
+    assert [(row[0], row[-1]) for row in many_rows] == [("1", "1"), ("5", "2")]
+
+
+def test_where_nobody_was_killed_there_is_no_such_column(rounds):
+    assert "killed" not in grid(rounds, "Who took part").columns
+    assert "killed" not in grid(rounds, "Who took part").note
+
+
 def test_a_k_that_counts_for_less_than_its_share_is_seen(rounds):
     assert grid(rounds, "Shares by k").rows == [
         ("1", "1", "33.3", "42.9", "66.7", "2.00"),

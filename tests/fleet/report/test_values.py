@@ -32,6 +32,7 @@ def test_the_values_tell_who_took_part_and_what_was_sent(record):
         "bytes_up": MIB + 10,
         "bytes_down": 2 * MIB + 100,
         "full_states": 1,
+        "killed": 0,
     }
     assert values["participation"]["by_blocks"][0] == {
         "blocks": 1,
@@ -43,6 +44,7 @@ def test_the_values_tell_who_took_part_and_what_was_sent(record):
         "bytes_up": 3 * MIB,
         "bytes_down": 3 * MIB + 100,
         "full_states": 1,
+        "killed": 0,
         "share_of_fleet": 1 / 3,
         "share_of_asked": 3 / 7,
         "share_of_counted": 2 / 3,

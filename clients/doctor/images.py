@@ -1,0 +1,126 @@
+"""The device's own images, read as the client would read them, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding
+
+SECONDS = 600  # every image is opened: 0.1 to 1 ms each, and a Pi's card is slow
+FEW_EXAMPLES = 5  # of a class; fewer and the held-out fifth has none
+
+_REPAIR = "put the images of each class in a folder of its own: DIR/CLASS/image.jpg"
+_READ = """
+import json, sys
+from fleet.data import load_data
+from fleet.errors import FleetError
+try:
+    counts = {}
+    for split in ("train", "test"):
+        images = load_data(sys.argv[1], split)
+        for label in images.labels:
+            name = images.classes[label]
+            counts[name] = counts.get(name, 0) + 1
+    print(json.dumps({"counts": counts}))
+except FleetError as error:
+    print(json.dumps({"fault": str(error)}))
+"""
+
+
+def images_finding(data: str, *, readable: bool) -> Finding:
+    """Classes and counts of the images that a client would train on.
+
+    Args:
+        data: as the client's `--data`.
+        readable: whether the project's own packages are there to read them; else class
+            folders are listed.
+    """
+    if not readable:
+        return listed_finding(Path(data).expanduser())
+    told = read_as_client(data)
+    if told is None:
+        listed = listed_finding(Path(data).expanduser())
+        if listed.state != UNKNOWN:
+            return listed
+        return replace(
+            listed,
+            fact=f"{listed.fact}; the client's own reader did not run, or took over {SECONDS} s",
+            remedy="see the line about PyTorch, or try again with fewer images",
+        )
+    return read_finding(data, told)
+
+
+def read_as_client(data: str) -> dict[str, object] | None:
+    """What the project's own reader says: `counts`, class → examples, or a `fault`.
+
+    Returns:
+        None if it could not run, or took too long.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _READ, data],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=SECONDS,
+            check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        return json.loads(done.stdout.decode().strip().splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def read_finding(data: str, told: dict[str, object]) -> Finding:
+    """From what `read_as_client` said."""
+    check = "data"
+    if "fault" in told:
+        fact, _, remedy = str(told["fault"]).rpartition("; ")
+        return Finding(check, PROBLEM, fact or remedy, remedy if fact else _REPAIR)
+    counts: dict[str, int] = told["counts"]  # type: ignore[assignment]
+    seen = f"{sum(counts.values())} images in {data}: {_listing(counts)}"
+    if few := sorted(name for name, count in counts.items() if count < FEW_EXAMPLES):
+        return Finding(
+            check,
+            WARNING,
+            seen,
+            f"add images to {', '.join(few[:5])}: fewer than {FEW_EXAMPLES} teach little",
+        )
+    return Finding(check, OK, seen)
+
+
+def listed_finding(folder: Path) -> Finding:
+    """Class folders and how many files are in them, without opening any."""
+    check = "data"
+    try:
+        if not folder.is_dir():
+            return Finding(check, PROBLEM, f"{folder} is not a folder that can be seen", _REPAIR)
+        top = folder / "train" if (folder / "train").is_dir() else folder
+        counts = {
+            child.name: sum(len(files) for _, _, files in os.walk(child))
+            for child in sorted(top.iterdir())
+            if child.is_dir() and not child.name.startswith(".")
+        }
+    except OSError as error:
+        return Finding(
+            check, PROBLEM, f"{error.filename}: {error.strerror}", "make it readable for this user"
+        )
+    if not counts:
+        return Finding(check, PROBLEM, f"{top} has no class folders", _REPAIR)
+    return Finding(
+        check,
+        UNKNOWN,
+        f"{sum(counts.values())} files in {top}: {_listing(counts)}",
+        "images are opened once the project is installed",
+    )
+
+
+def _listing(counts: dict[str, int], most: int = 12) -> str:
+    shown = [f"{name} {count}" for name, count in list(counts.items())[:most]]
+    more = [f"and {len(counts) - most} more classes"] if len(counts) > most else []
+    return ", ".join(shown + more)

@@ -1,0 +1,100 @@
+"""What of the server's plan a client trains in a round, and how: within its budget."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from clients.attempts import Experience
+from clients.client import Client
+from fleet.backbones import Backbone
+from fleet.config import LocalConfig
+from fleet.errors import ConfigError
+from fleet.measure import dry_run
+from fleet.mobiletl import first_trained_step
+from fleet.plan import UpdatePlan
+from fleet.planner import afford_locally
+
+
+class LimitTooLow(ConfigError):
+    """Not even the narrowest plan fits into what a device has learnt that it has."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A client's part of a plan.
+
+    Attributes:
+        plan: what it trains.
+        local: how; stash and batch size are the planner's where there is a budget.
+        budget_bytes: that it was planned within; None: there is none.
+        peak_bytes: predicted, beyond the loaded model; 0 if nobody asks.
+    """
+
+    plan: UpdatePlan
+    local: LocalConfig
+    budget_bytes: int | None
+    peak_bytes: int
+
+    def metrics(self) -> dict[str, int]:
+        """What the planner says, where there was a budget."""
+        if self.budget_bytes is None:
+            return {}
+        return {"budget-bytes": self.budget_bytes, "planned-peak-bytes": self.peak_bytes}
+
+
+def share_of(client: Client, backbone: Backbone, widest: UpdatePlan, learnt: Experience) -> Share:
+    """The sub-plan that a client trains.
+
+    Within a budget, or a limit that the device has learnt, the run's batch size
+    is the most, and the stash is the planner's choice.
+
+    Raises:
+        ConfigError: if the budget is below the floor.
+        LimitTooLow: if the limit is.
+    """
+    local, own = client.config.local, widest
+    if widest.method not in ("head", "full"):
+        own = widest.narrow(client.blocks(widest.blocks))
+    cut = first_trained_step(backbone.steps, widest)
+    pulled = client.config.federation.objective != "plain"
+    budget_bytes = learnt.within(client.budget_bytes())
+    if budget_bytes is None:
+        peak = 0 if client.simulated else _peak_bytes(backbone, own, local, pulled, cut)
+        return Share(own, local, None, peak)
+    try:
+        found = _afford(backbone, own, budget_bytes, local, proximal=pulled, cut=cut)
+    except ConfigError as error:
+        if budget_bytes != learnt.limit_bytes:
+            raise
+        raise LimitTooLow(
+            f"training was killed for memory, and what it is planned within since then is too "
+            f"little: {error}; the next round may take a little more"
+        ) from error
+    local = replace(local, stash=found.stash, batch_size=found.batch_size)
+    return Share(found.plan, local, budget_bytes, found.peak_bytes)
+
+
+# A simulated fleet's devices have few different budgets.
+_afford = lru_cache(maxsize=64)(afford_locally)
+
+
+def _peak_bytes(
+    backbone: Backbone, plan: UpdatePlan, local: LocalConfig, pulled: bool, cut: int
+) -> int:
+    """Of a step on images, and of one on features from the cache."""
+    costs = (
+        dry_run(
+            backbone,
+            plan,
+            local.stash,
+            batch_size=local.batch_size,
+            cached=cached,
+            momentum=local.momentum,
+            momentum_dtype=getattr(torch, local.momentum_dtype),
+            proximal=pulled,
+            cut=cut,
+        )
+        for cached in (False, True)
+    )
+    return max(cost.peak_bytes for cost in costs)

@@ -1,0 +1,121 @@
+"""`fleet client`."""
+
+import socket
+from pathlib import Path
+
+import click
+
+from fleet.cli.options import read_value
+from fleet.cli.until_signal import until_signal
+from fleet.config import Value, budget
+from fleet.errors import ConfigError
+
+
+@click.command("client")
+@click.option(
+    "--bundle",
+    "source",
+    type=click.Path(path_type=Path),
+    help="What fleet provision made for this device, .tar.gz or folder; once given, it is kept.",
+)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="This device's images: a folder for each class. They never leave it.",
+)
+@click.option(
+    "--budget-mib",
+    default="auto",
+    show_default=True,
+    help="Memory that training may take: MiB, auto (what is free), or off.",
+)
+@click.option("--blocks", type=click.IntRange(0), help="Blocks to train; fewer than the run's.")
+@click.option("--weights", help="Of the pretrained model: a local file, or as in the run.")
+@click.option(
+    "--set",
+    "others",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another setting of this device's node; may be given several times.",
+)
+@click.option(
+    "--trusted-entities",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML of keys: run only apps that one of them has signed.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where this device keeps key, memory of runs and logs.  "
+    "[default: $FLEET_STATE or ~/.local/state/fleet]",
+)
+@click.option(
+    "--cold",
+    is_flag=True,
+    help="Keep nothing of PyTorch in memory between rounds; each starts some seconds later.",
+)
+@click.option("--insecure", is_flag=True, help="Without TLS and key; loopback servers only.")
+@click.option("--server", help="With --insecure: where the server is.")
+@click.option("--name", help="With --insecure: this device's name.")
+def command(
+    source: Path | None,
+    data: Path,
+    budget_mib: str,
+    blocks: int | None,
+    weights: str | None,
+    others: tuple[str, ...],
+    trusted_entities: Path | None,
+    state: Path | None,
+    cold: bool,
+    insecure: bool,
+    server: str | None,
+    name: str | None,
+) -> None:
+    """Run this device's client until it is told to stop.
+
+    It starts Flower's SuperNode, and starts it again whenever it ends or the
+    server does not see it any more.
+    """
+    from fleet.deploy import private_files
+    from fleet.deploy.addresses import Address
+    from fleet.deploy.bundle import install_bundle, installed_bundle
+    from fleet.deploy.client import ClientOptions, run_client, state_folder
+    from fleet.deploy.server import log_to_stderr
+
+    if insecure and source is not None:
+        raise ConfigError("--insecure uses no keys, and --bundle holds some; leave one out")
+    if not insecure and (server or name):
+        raise ConfigError("--server and --name go with --insecure; a bundle names both itself")
+    folder, bundle, address = state_folder(state), None, None
+    private_files.make_private_folder(folder)
+    if insecure:
+        address = Address.parse(server or "127.0.0.1")
+        name = name or socket.gethostname()
+    else:
+        bundle = install_bundle(source, folder) if source else installed_bundle(folder)
+        name = bundle.name
+    node: dict[str, Value] = {"name": name, "data": str(data.expanduser().absolute())}
+    node["budget-mib"] = str(budget(budget_mib))
+    if blocks is not None:
+        node["blocks"] = blocks
+    if weights is not None:
+        local = Path(weights).expanduser()
+        node["weights"] = str(local.absolute()) if local.exists() else weights
+    for other in others:
+        key, value = read_value(other)
+        if key in node:
+            raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
+        node[key] = value
+    log_to_stderr()
+    run_client(
+        ClientOptions(
+            state=folder,
+            node=node,
+            bundle=bundle,
+            server=address,
+            trusted_entities=trusted_entities,
+            cold=cold,
+        ),
+        until_signal,
+    )

@@ -1,0 +1,224 @@
+"""`fleet run`."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fleet.cli.options import format_option, read_value
+from fleet.cli.progress import show_progress
+from fleet.cli.report import show_run
+from fleet.cli.simulate import setting_options
+from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
+from fleet.errors import ConfigError
+from fleet.records import RunRecord, to_json
+
+if TYPE_CHECKING:
+    from fleet.deploy.wishes import Standing, Wishes
+
+_POLL_SECONDS = 0.5
+
+
+@click.command("run")
+@click.option(
+    "--dir",
+    "folder",
+    default="server",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The server's folder, made by fleet provision.",
+)
+@click.option("--name", help="Of the run.  [default: by the clock]")
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting by its name, as in a recipe; may be given several times.",
+)
+@click.option("--detach", is_flag=True, help="Do not follow the run.")
+@click.option("--resume", "resumed", metavar="RUN", help="Let a run that is over go on, or follow.")
+@click.option("--stop", "stopped", metavar="RUN", help="End a run; --resume lets it go on.")
+@click.option("--list", "listed", is_flag=True, help="Show all runs.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The server's, if it was started with --state.",
+)
+@setting_options
+@format_option("text", "json")
+def command(
+    folder: Path,
+    name: str | None,
+    assignments: tuple[str, ...],
+    detach: bool,
+    resumed: str | None,
+    stopped: str | None,
+    listed: bool,
+    state: Path | None,
+    output_format: str,
+    **options: Any,
+) -> None:
+    """Start a run on the fleet of a server that is running, and follow it.
+
+    The server sees it through: a run that is lost with the SuperLink or its own
+    process is submitted again and goes on from its checkpoint. Ctrl-C ends the
+    following, not the run. Settings are those of fleet simulate; the number of
+    clients is that of the devices.
+    """
+    from fleet.deploy.provisioning import ServerFolder
+    from fleet.deploy.wishes import Wishes
+
+    server = ServerFolder(folder)
+    wishes = Wishes(server.runs_path.absolute())
+    settings = {k.replace("_", "-"): v for k, v in options.items() if v is not None}
+    settings |= dict(map(read_value, assignments))
+    given = {"--resume": resumed, "--stop": stopped, "--list": listed, "--name": name}
+    _check_one_wish(given, settings)
+    if listed:
+        _show_list(wishes, output_format)
+        return
+    if stopped is not None:
+        wishes.stop(stopped)
+        click.echo(f"run {stopped} is to stop; let it go on with: fleet run --resume {stopped}")
+        return
+    _check_server(server.state_path if state is None else state, folder)
+    if resumed is not None:
+        name = resumed
+        wishes.resume(name)
+    else:
+        name = name or time.strftime("%Y%m%d-%H%M%S")
+        _wish(wishes, name, settings)
+    if detach:
+        click.echo(f"run {name} is submitted; follow it with: fleet run --resume {name}")
+        return
+    _follow(wishes, name, output_format)
+
+
+def _check_one_wish(given: dict[str, object], settings: dict[str, Value]) -> None:
+    """--resume, --stop and --list stand alone."""
+    wishes = [option for option in ("--resume", "--stop", "--list") if given[option]]
+    if len(wishes) > 1 or (wishes and (settings or given["--name"])):
+        raise ConfigError(f"{wishes[0]} stands alone: a run that there is keeps its settings")
+
+
+def _check_server(state: Path, folder: Path) -> None:
+    from fleet.deploy.one_at_a_time import somebody_in
+
+    if not somebody_in(state):
+        raise ConfigError(f"no server runs in {folder}; start it with: fleet server --dir {folder}")
+
+
+def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
+    from fleet.deploy.app_bundle import build_app
+    from fleet.deploy.wishes import Wish
+
+    settings = default_settings() | settings
+    if not settings.get("run-dir"):
+        settings["run-dir"] = str(wishes.folder / name)
+    config = read_config(settings)
+    # The server works in another folder than the user.
+    record = RunRecord.reserve(config.run_dir)
+    final = config.as_settings() | _absolute_paths(config) | {"run-dir": str(record.path)}
+    wishes.make(name, Wish(run_dir=str(record.path), settings=final), build_app())
+
+
+def _absolute_paths(config: RunConfig) -> dict[str, Value]:
+    """Data and weights that are paths, made independent of the working directory."""
+    from fleet.data import BUILT_IN
+
+    paths = {}
+    for key, value, names in (
+        ("data", config.data.source, BUILT_IN),
+        ("weights", config.model.weights, WEIGHTS),
+    ):
+        path = Path(value).expanduser()
+        if value not in names and path.exists():
+            paths[key] = str(path.absolute())
+    return paths
+
+
+def _follow(wishes: "Wishes", name: str, output_format: str) -> None:
+    """Show a run until it is over; fail if it has."""
+    from fleet.deploy.wishes import FINISHED
+
+    wish = wishes.read(name)
+    record = RunRecord(Path(wish.run_dir))
+    try:
+        with show_progress(int(wish.settings["rounds"])) as (on_round, _):
+            *_, standing = _standings(wishes, name, record, on_round)
+    except KeyboardInterrupt:
+        click.echo(
+            f"run {name} goes on; follow it with: fleet run --resume {name}\n"
+            f"end it with: fleet run --stop {name}",
+            err=True,
+        )
+        raise click.exceptions.Exit(130) from None
+    if standing.status != FINISHED:
+        click.echo(f"run {name} has {standing.status}: {standing.reason}", err=True)
+    elif output_format == "json":
+        click.echo(to_json(record.summary(), indent=2))
+    else:
+        show_run(record)
+    if standing.status != FINISHED:
+        raise click.exceptions.Exit(1)
+
+
+def _standings(
+    wishes: "Wishes", name: str, record: RunRecord, on_round: Callable[[Any], None]
+) -> Iterator["Standing"]:
+    """Where a run stands, until it is over; its rounds are told as they come, each once."""
+    position, told, shown = 0, -1, ""
+    while True:
+        # In this order: what is on record as the run is over has been told by then.
+        standing, attempt = wishes.standing(name), wishes.read(name).attempt
+        if record.rounds_path.is_file():
+            size = record.rounds_path.stat().st_size
+            if size < position:  # it was cut back to its checkpoint
+                position = 0
+            for report, behind in record.rounds_from(position):
+                position = behind
+                if report.server_round > told:
+                    told = report.server_round
+                    on_round(report)
+        note = _note(standing)
+        if note and note != shown:
+            click.echo(note, err=True)
+        shown = note
+        yield standing
+        if standing.over and standing.attempt == attempt:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _note(standing: "Standing") -> str:
+    return "" if standing.over or not standing.reason else f"the run: {standing.reason}"
+
+
+def _show_list(wishes: "Wishes", output_format: str) -> None:
+    rows = []
+    for name in wishes.names():
+        wish, standing = wishes.read(name), wishes.standing(name)
+        rows.append(
+            {
+                "name": name,
+                "status": standing.status,
+                "submissions": standing.submissions,
+                "reason": standing.reason,
+                "run_dir": wish.run_dir,
+            }
+        )
+    if output_format == "json":
+        click.echo(to_json(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "status", "submissions", "folder", "reason"):
+        table.add_column(column)
+    for row in rows:
+        cells = (row["name"], row["status"], row["submissions"], row["run_dir"], row["reason"])
+        table.add_row(*map(str, cells))
+    Console().print(table, highlight=False)

@@ -1,0 +1,59 @@
+"""`fleet server`."""
+
+from pathlib import Path
+
+import click
+
+from fleet.cli.until_signal import until_signal
+
+
+@click.command("server")
+@click.option(
+    "--dir",
+    "folder",
+    default="server",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The server's folder, made by fleet provision.",
+)
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="Port to listen on.  [default: that which devices' bundles name]",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where database and logs lie.  [default: state in the server's folder]",
+)
+@click.option("--insecure", is_flag=True, help="Without TLS and keys; on a loopback host only.")
+def command(folder: Path, host: str, port: int | None, state: Path | None, insecure: bool) -> None:
+    """Run the server: let devices in, and see runs through, until it is told to stop.
+
+    It starts Flower's SuperLink and SuperExec and keeps them running. It follows
+    what fleet provision and fleet run change, and begins and resumes runs by itself.
+    """
+    from fleet.deploy.addresses import DEFAULT_PORT
+    from fleet.deploy.provisioning import ServerFolder
+    from fleet.deploy.server import ServerOptions, log_to_stderr, serve
+
+    server = ServerFolder(folder)
+    named = DEFAULT_PORT
+    if not insecure:
+        server.check()
+        hosts = server.hosts()
+        named = hosts[0].port if hosts else DEFAULT_PORT
+    log_to_stderr()
+    if port is not None and port != named and not insecure:
+        click.echo(f"Warning: devices' bundles name port {named}, not {port}", err=True)
+    serve(
+        ServerOptions(
+            folder=server,
+            state=(state or server.state_path).absolute(),
+            host=host,
+            port=port or named,
+            insecure=insecure,
+        ),
+        until_signal,
+    )

@@ -1,0 +1,195 @@
+"""Sees to it that a run that is wanted gets to its end, whatever happens to Flower.
+
+Flower marks a run failed if its SuperLink was away for long, or the process of its
+ServerApp has died. Such a run is submitted again and goes on from its checkpoint.
+One that fails by its own fault would fail for ever: it is given up once it has
+been lost three times in a row without a new round on record. For want of devices it
+is never given up: it waits until there are enough.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fleet.deploy.control import ONLINE, ControlError, FlowerRun, Node
+from fleet.deploy.wishes import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Standing,
+    Wish,
+    Wishes,
+)
+from fleet.errors import ConfigError, FleetError
+from fleet.records import RunRecord
+
+MOST_FRUITLESS = 3
+PAUSE_SECONDS = 5.0  # before it is submitted again, twice as long each time
+
+_log = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """What of `Control` is needed for it."""
+
+    def start_run(self, app: bytes, settings: Mapping[str, Any]) -> int: ...
+
+    def run(self, run_id: int) -> FlowerRun | None: ...
+
+    def unfinished(self, run_dir: str) -> int | None: ...
+
+    def stop_run(self, run_id: int) -> None: ...
+
+    def nodes(self) -> list[Node]: ...
+
+
+class RunKeeper:
+    """Brings every wish one step further, each time that it is asked to.
+
+    Args:
+        wishes: of the server.
+        clock: seconds that pass.
+    """
+
+    def __init__(self, wishes: Wishes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._wishes = wishes
+        self._clock = clock
+        self._not_before: dict[str, float] = {}
+        self._unreadable: set[str] = set()
+
+    def attend(self, control: Runs) -> None:
+        """Look after every wish.
+
+        Raises:
+            ControlError: if the SuperLink cannot be reached.
+        """
+        for name in self._wishes.names():
+            try:
+                wish, standing = self._wishes.read(name), self._wishes.standing(name)
+                after = self._step(name, wish, standing, control)
+                if after != standing:
+                    self._wishes.write_standing(name, after)
+                    _tell(name, after, standing)
+                self._unreadable.discard(name)
+            except ControlError:
+                raise
+            except FleetError as error:  # one wish that cannot be read, or a disk that is full
+                if name not in self._unreadable:
+                    _log.error("run %s is left as it is: %s", name, error)
+                self._unreadable.add(name)
+
+    def _step(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
+        if standing.attempt != wish.attempt:
+            standing = replace(
+                standing, status=WAITING, attempt=wish.attempt, fruitless=0, reason="asked to go on"
+            )
+        if standing.over:
+            return standing
+        if not wish.wanted:
+            return _stopped(standing, control)
+        if standing.status == WAITING:
+            if self._clock() < self._not_before.get(name, 0.0):
+                return standing
+            missing = _missing_devices(wish, control)
+            if missing:
+                return replace(standing, reason=missing)
+            return self._submit(name, wish, standing, control)
+        run = control.run(standing.flower_run)
+        if run is not None and run.status != "finished":
+            return standing
+        if Path(wish.run_dir, "summary.json").is_file():
+            return replace(standing, status=FINISHED, reason="")
+        if run is not None and run.outcome == "stopped":
+            return replace(standing, status=STOPPED, reason="it was stopped through Flower")
+        return self._lost(name, wish, standing, _why(run), _missing_devices(wish, control))
+
+    def _submit(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
+        # A server that was killed just after it had submitted finds the run in Flower's list.
+        run_id = control.unfinished(wish.run_dir)
+        if run_id is None:
+            settings = dict(wish.settings) | {"run-dir": wish.run_dir}
+            if standing.submissions:
+                settings["resume"] = True
+            try:
+                run_id = control.start_run(self._wishes.app(name), settings)
+            except ControlError as error:
+                if not error.refused:
+                    raise
+                return replace(standing, status=FAILED, reason=str(error))
+        return replace(
+            standing,
+            status=RUNNING,
+            flower_run=run_id,
+            submissions=standing.submissions + 1,
+            rounds=_rounds(wish),
+            reason="",
+        )
+
+    def _lost(
+        self, name: str, wish: Wish, standing: Standing, reason: str, missing: str
+    ) -> Standing:
+        fruitless = 0 if _rounds(wish) > standing.rounds else standing.fruitless + (not missing)
+        if fruitless >= MOST_FRUITLESS:
+            return replace(
+                standing,
+                status=FAILED,
+                fruitless=fruitless,
+                reason=f"given up: it was lost {fruitless} times in a row without a new round; "
+                f"the last time: {reason}",
+            )
+        self._not_before[name] = self._clock() + PAUSE_SECONDS * 2**fruitless
+        reason = f"it was lost ({reason}) and goes on from its checkpoint"
+        return replace(standing, status=WAITING, fruitless=fruitless, reason=reason)
+
+
+def _stopped(standing: Standing, control: Runs) -> Standing:
+    if standing.status == RUNNING:
+        run = control.run(standing.flower_run)
+        if run is not None and run.status != "finished":
+            control.stop_run(standing.flower_run)
+    return replace(standing, status=STOPPED, reason="it was asked to stop")
+
+
+def _missing_devices(wish: Wish, control: Runs) -> str:
+    """What there is to wait for, in words; empty if enough devices are online."""
+    online = sum(node.status == ONLINE for node in control.nodes())
+    wanted = int(wish.settings["min-clients"])
+    if online >= wanted:
+        return ""
+    return f"it waits for devices: {online} online, min-clients is {wanted}"
+
+
+def _why(run: FlowerRun | None) -> str:
+    if run is None:
+        return "Flower does not know it any more"
+    if run.outcome == "completed":
+        return "Flower says that it is complete, and it has no summary"
+    return run.details.strip() or f"Flower says that it has {run.outcome}"
+
+
+def _rounds(wish: Wish) -> int:
+    try:
+        return sum(1 for _ in RunRecord(Path(wish.run_dir)).rounds())
+    except ConfigError:  # nothing is on record yet
+        return 0
+
+
+def _tell(name: str, now: Standing, before: Standing) -> None:
+    if now.status == RUNNING:
+        _log.info(
+            "run %s is submitted (Flower's run %d, submission %d)",
+            name,
+            now.flower_run,
+            now.submissions,
+        )
+    elif now.status == WAITING:
+        _log.warning("run %s: %s", name, now.reason)
+    elif now.status == FAILED:
+        _log.error("run %s has failed: %s", name, now.reason)
+    else:
+        _log.info("run %s has %s", name, now.status)

@@ -1,0 +1,166 @@
+"""The SuperLink, with a guard before it: from outside it serves devices, and nobody else.
+
+    python -m fleet.deploy.superlink ARGUMENTS    # those of flower-superlink
+
+Flower 1.41 serves three APIs on one port: for devices (Fleet), for who starts runs
+and registers devices (Control), and for the server's own processes (Runtime). The
+last two ask for no key: whoever reaches the port could start code of his own on
+every device. So here they are reached from this machine alone.
+
+Names of Flower's that this module needs are imported as they are: if a version
+has them no more, the server does not start, rather than without its guard.
+"""
+
+import contextlib
+import ipaddress
+import json
+import socket
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fleet.deploy.addresses import is_loopback
+from fleet.deploy.flower_process import end_with_parent
+
+STATUS_PATH = "/fleet/v1/device"  # how the server sees the device that asks
+
+_OPEN = ("/v1/fleet/", STATUS_PATH)
+_HEALTH = "/health"
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """Lets requests from other machines through to the API of devices alone.
+
+    Args:
+        app: what answers a request that may pass.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or may_pass(scope):
+            await self._app(scope, receive, send)
+            return
+        await _refuse(scope, send)
+
+
+def may_pass(scope: Scope) -> bool:
+    """Whether a request is one that its sender may make.
+
+    Args:
+        scope: of ASGI; `client` is the peer of the connection, never a header.
+    """
+    client = scope.get("client")
+    if client is not None and is_loopback(client[0]):
+        return True
+    path = scope.get("path", "")
+    return scope["type"] == "http" and (path == _HEALTH or path.startswith(_OPEN))
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps({"detail": "only the server's own machine may ask for this"}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets on which the server listens: the host's, and loopback for its own processes.
+
+    Raises:
+        OSError: if the address is taken, or is none of this machine.
+    """
+    sockets = [_listen(host, port)]
+    if not (_is_wildcard(host) or is_loopback(host)):
+        sockets.append(_listen("127.0.0.1", port))
+    return sockets
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
+
+
+def _is_wildcard(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return False
+
+
+def device_status(linkstate: Any, public_key: bytes) -> dict[str, Any]:
+    """How the SuperLink sees the node that has a key: `online`, `offline`, `registered`, `unknown`.
+
+    Args:
+        linkstate: Flower's, of the running SuperLink.
+        public_key: PEM.
+    """
+    node_id = linkstate.get_node_id_by_public_key(public_key)
+    nodes = linkstate.get_node_info(node_ids=[node_id]) if node_id is not None else ()
+    return {"status": nodes[0].status if nodes else "unknown"}
+
+
+def _add_status_route(app: Any) -> None:
+    """Serve `STATUS_PATH`: a signed question, of the device about itself."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+    from fleet.deploy.device_status import asking_key
+
+    async def answer(request: Request) -> JSONResponse:
+        public_key = asking_key(request.headers)
+        if public_key is None:
+            return JSONResponse({"detail": "the signature is not valid"}, status_code=401)
+        linkstate = request.app.state.linkstate_factory.state()
+        return JSONResponse(await run_in_threadpool(device_status, linkstate, public_key))
+
+    app.add_route(STATUS_PATH, answer, methods=["GET"])
+
+
+def main() -> None:
+    """Run the SuperLink until it is told to end, or its parent is gone."""
+    end_with_parent()
+    sys.argv[0] = "flower-superlink"
+    import uvicorn
+    from flwr.supercore.http_logging import get_uvicorn_log_config
+    from flwr.supercore.logger import console_handler
+    from flwr.superlink.cli.flower_superlink import (
+        SuperLinkLifespan,
+        _parse_superlink_lifespan_config,
+    )
+    from flwr.superlink.main import create_app
+
+    config = _parse_superlink_lifespan_config()
+    app = create_app(config, SuperLinkLifespan)
+    _add_status_route(app)
+    try:
+        sockets = listening_sockets(config.host, config.port)
+    except OSError as error:
+        sys.exit(f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}")
+    server = uvicorn.Server(
+        uvicorn.Config(
+            Guard(app),
+            access_log=False,  # devices ask every 3 s: it would fill the disk
+            proxy_headers=False,  # who asks is the peer, whatever a header says
+            server_header=False,
+            log_config=get_uvicorn_log_config(console_handler.level),
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    server.run(sockets=sockets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+import pytest
+from PIL import Image
+
+from clients.doctor.images import images_finding, listed_finding
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, count in {"cat": 6, "dog": 9}.items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_classes_are_counted_as_the_client_reads_them(folder):
+    found = images_finding(str(folder), readable=True)
+    assert (found.check, found.state) == ("data", "ok")
+    assert found.fact == f"15 images in {folder}: cat 6, dog 9"
+
+
+def test_before_the_installation_files_are_listed_and_not_opened(folder):
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    found = images_finding(str(folder), readable=False)
+    assert found.state == "unknown"
+    assert found.fact == f"15 files in {folder}: cat 6, dog 9"
+    assert found.remedy == "images are opened once the project is installed"
+
+
+def test_an_unreadable_image_is_a_problem_with_its_name(folder):
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    found = images_finding(str(folder), readable=True)
+    assert found.state == "problem"
+    assert "1 unreadable image" in found.fact
+    assert "cat/0.png" in found.fact
+    assert found.remedy.startswith("repair or remove them")
+
+
+def test_a_class_with_few_images_is_a_warning(folder):
+    for i in range(6, 9):
+        (folder / "dog" / f"{i}.png").unlink()
+    for i in range(3, 6):
+        (folder / "cat" / f"{i}.png").unlink()
+    found = images_finding(str(folder), readable=True)
+    assert found.state == "warning"
+    assert found.remedy == "add images to cat: fewer than 5 teach little"
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_folder_without_classes_or_none_at_all_is_a_problem(tmp_path, readable):
+    empty = images_finding(str(tmp_path), readable=readable)
+    gone = images_finding(str(tmp_path / "gone"), readable=readable)
+    assert (empty.state, gone.state) == ("problem", "problem")
+    assert "no class folders" in empty.fact
+    assert str(tmp_path / "gone") in gone.fact
+    assert empty.remedy.startswith("put the images of each class in a folder of its own")
+
+
+def test_the_training_part_is_what_is_listed(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "train").symlink_to(folder)
+    assert listed_finding(root).fact.startswith(f"15 files in {root / 'train'}")
+
+
+def test_many_classes_are_shortened(tmp_path):
+    for i in range(15):
+        (tmp_path / f"class-{i:02}").mkdir()
+    assert listed_finding(tmp_path).fact.endswith("class-11 0, and 3 more classes")
+
+
+def test_where_pytorch_crashes_files_are_listed(folder, monkeypatch, tmp_path_factory):
+    code = tmp_path_factory.mktemp("crash")
+    (code / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.syspath_prepend(str(code))
+    found = images_finding(str(folder), readable=True)
+    assert found.state == "unknown"
+    assert found.fact.startswith(f"15 files in {folder}: cat 6, dog 9; the client's own reader")
+    assert found.remedy.startswith("see the line about PyTorch")

@@ -1,0 +1,165 @@
+import gzip
+import io
+import tarfile
+
+import pytest
+
+from fleet.deploy.addresses import Address
+from fleet.deploy.bundle import (
+    FILES,
+    bundle_files,
+    install_bundle,
+    installed_bundle,
+    pack,
+    read_bundle,
+)
+from fleet.deploy.certificates import make_authority, make_device_key
+from fleet.errors import ConfigError
+
+SERVER = Address("server.local", 8443)
+
+
+def files_of(name="pi-01"):
+    return bundle_files(name, SERVER, make_authority().certificate, make_device_key()[0])
+
+
+def archive(members):
+    """A `.tar.gz` of (TarInfo or name, content)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for member, content in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            if info.isreg():
+                info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "state"
+
+
+def written(tmp_path, content):
+    path = tmp_path / "pi-01.tar.gz"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_bundle_arrives_as_it_was_packed(tmp_path, state):
+    files = files_of()
+    bundle = install_bundle(written(tmp_path, pack("pi-01", files)), state)
+    assert (bundle.name, bundle.server) == ("pi-01", SERVER)
+    assert {name: (bundle.folder / name).read_bytes() for name in FILES} == files
+    assert bundle.key_path.read_bytes() == files["device.key"]
+    assert bundle.authority_path.read_bytes() == files["ca.crt"]
+
+
+def test_what_it_writes_is_for_its_owner_alone(tmp_path, state):
+    bundle = install_bundle(written(tmp_path, pack("pi-01", files_of())), state)
+    assert all((bundle.folder / name).stat().st_mode & 0o777 == 0o600 for name in FILES)
+    assert bundle.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_once_installed_the_archive_is_needed_no_more(tmp_path, state):
+    path = written(tmp_path, pack("pi-01", files_of()))
+    first = install_bundle(path, state)
+    assert install_bundle(path, state).folder.samefile(first.folder)
+    path.unlink()
+    assert installed_bundle(state).key_path.read_bytes() == first.key_path.read_bytes()
+
+
+def test_a_new_bundle_takes_the_place_of_the_old_one(tmp_path, state):
+    install_bundle(written(tmp_path, pack("pi-01", files_of())), state)
+    newer = files_of()
+    install_bundle(written(tmp_path, pack("pi-01", newer)), state)
+    assert installed_bundle(state).key_path.read_bytes() == newer["device.key"]
+
+
+def test_a_folder_is_a_bundle_too(tmp_path, state):
+    folder = tmp_path / "pi-01"
+    folder.mkdir()
+    for name, content in files_of().items():
+        (folder / name).write_bytes(content)
+    assert install_bundle(folder, state).name == read_bundle(folder).name == "pi-01"
+
+
+def test_without_a_bundle_it_says_how_to_get_one(state):
+    with pytest.raises(
+        ConfigError, match=r"no bundle was ever given to this device.*--bundle NAME"
+    ):
+        installed_bundle(state)
+
+
+def special(name, kind, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+HOSTILE = {
+    "a path out of the folder": [("../device.key", b"x")],
+    "a deeper path out of it": [("pi-01/../../device.key", b"x")],
+    "an absolute path": [("/device.key", b"x")],
+    "an absolute folder": [("/etc/device.key", b"x")],
+    "a file of another name": [("pi-01/authorized_keys", b"x")],
+    "a symbolic link": [(special("pi-01/device.key", tarfile.SYMTYPE, "/etc/passwd"), b"")],
+    "a hard link": [(special("pi-01/device.key", tarfile.LNKTYPE, "/etc/passwd"), b"")],
+    "a device file": [(special("pi-01/device.key", tarfile.CHRTYPE), b"")],
+    "a pipe": [(special("pi-01/device.key", tarfile.FIFOTYPE), b"")],
+    "a file twice": [("pi-01/device.key", b"x"), ("pi-01/device.key", b"y")],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_archive_with_anything_else_in_it_is_refused_and_writes_nothing(tmp_path, state, what):
+    outside = tmp_path / "device.key"
+    path = written(tmp_path, archive(HOSTILE[what]))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"is no bundle: .*copy the bundle from the server again"):
+        install_bundle(path, state)
+    assert sorted(tmp_path.rglob("*")) == before and not outside.exists()
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, state):
+    bomb = gzip.compress(bytes(50 * 2**20))
+    assert len(bomb) < 2**20
+    with pytest.raises(ConfigError, match="larger than 1048576 bytes once unpacked"):
+        install_bundle(written(tmp_path, bomb), state)
+
+
+def test_a_file_that_is_too_large_is_not_read_as_a_bundle(tmp_path, state):
+    with pytest.raises(ConfigError, match="has 1048577 bytes, which is no bundle"):
+        install_bundle(written(tmp_path, bytes(2**20 + 1)), state)
+
+
+@pytest.mark.parametrize("cut", range(0, 1500, 100))
+def test_a_bundle_that_was_copied_in_part_is_refused(tmp_path, state, cut):
+    whole = pack("pi-01", files_of())
+    with pytest.raises(ConfigError, match="is no bundle"):
+        install_bundle(written(tmp_path, whole[: min(cut, len(whole) - 20)]), state)
+    assert not (state / "device").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("bundle.toml", b"version = 2\n", "it has version 2, this program reads 1"),
+        ("bundle.toml", b"version = 1\n", "is no bundle: 'name'"),
+        ("bundle.toml", b'version = 1\nname = "../x"\nserver = "a:1"', "cannot be used"),
+        ("bundle.toml", b'version = 1\nname = "x"\nserver = "a b"', "neither a DNS name"),
+        ("bundle.toml", b"\xff", "is no bundle"),
+        ("ca.crt", b"x", "a certificate cannot be read"),
+        ("device.key", b"x", "device.key holds no private key"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_named(tmp_path, state, file, content, complaint):
+    files = files_of() | {file: content}
+    with pytest.raises(ConfigError, match=complaint):
+        install_bundle(written(tmp_path, pack("pi-01", files)), state)
+
+
+def test_a_bundle_that_is_not_there_is_named(tmp_path, state):
+    with pytest.raises(ConfigError, match=r"there is no bundle, .*pi-01.tar.gz"):
+        install_bundle(tmp_path / "pi-01.tar.gz", state)

@@ -1,0 +1,268 @@
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from io import BytesIO
+
+import pytest
+from click.testing import CliRunner
+
+from fleet.cli import main
+from fleet.deploy import server as module
+from fleet.deploy.addresses import Address
+from fleet.deploy.app_bundle import app_files, build_app
+from fleet.deploy.one_at_a_time import alone_in, somebody_in
+from fleet.deploy.provisioning import Provisioner
+from fleet.deploy.server import Attendant, ServerOptions, answers
+from fleet.deploy.wishes import Wishes
+from fleet.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    provisioner = Provisioner(tmp_path)
+    provisioner.begin([Address("server.local", 9000)], ["pi-01"])
+    return provisioner.server
+
+
+@pytest.fixture
+def options(folder):
+    return ServerOptions(folder=folder, state=folder.state_path, host="127.0.0.1", port=9000)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "server.local", "::"])
+def test_without_keys_it_serves_on_loopback_alone(tmp_path, host):
+    result = run("server", "--dir", tmp_path, "--insecure", "--host", host)
+    assert result.exit_code == 1
+    assert f"--insecure serves without encryption and keys, and --host {host}" in result.output
+
+
+def test_without_keys_it_refuses(tmp_path):
+    result = run("server", "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert "there is no server's key or certificate" in result.output
+    assert "make them with: fleet provision --host NAME" in result.output
+
+
+@pytest.mark.parametrize("missing", ["ca.crt", "server.pem", "server.key", "devices.toml"])
+def test_a_key_that_is_missing_is_named(options, missing):
+    (options.folder.path / missing).unlink()
+    with pytest.raises(ConfigError, match=f"{missing}; make them with: fleet provision"):
+        options.check()
+
+
+def test_a_second_server_in_the_same_state_is_refused(options):
+    with (
+        alone_in(options.state, "fleet server"),
+        pytest.raises(ConfigError, match=r"another fleet server runs in .* already"),
+    ):
+        module.serve(options, lambda stop: None)
+
+
+def test_flower_is_started_with_everything_on(options, folder):
+    options.state.mkdir()
+    superlink, superexec = module._children(options)
+    words = list(superlink.command())
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= {*words}
+    given = {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
+    assert given["--isolation"] == "process"
+    assert given["--ssl-keyfile"] == str(folder.key_path.resolve())
+    assert given["--database"] == str(options.state / "flower.db")
+    secret = options.state / "superexec.secret"
+    assert given["--superexec-auth-secret-file"] == str(secret)
+    assert secret.stat().st_mode & 0o777 == 0o600 and len(secret.read_bytes()) == 64
+    assert str(secret) in list(superexec.command())
+    assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert superlink.environment["FLWR_HOME"] == str(options.state / "flower")
+    assert "--insecure" not in words
+
+
+def test_what_the_user_has_set_for_other_flower_processes_does_not_reach_it(options, monkeypatch):
+    monkeypatch.setenv("FLWR_DATABASE", "elsewhere")
+    monkeypatch.setenv("https_proxy", "http://proxy:1")
+    options.state.mkdir()
+    superlink, _ = module._children(options)
+    assert not {"FLWR_DATABASE", "https_proxy"} & superlink.environment.keys()
+
+
+class FakeSupervisor:
+    def __init__(self, uptime=1000.0):
+        self.up, self.restarts = uptime, []
+
+    def uptime(self, name):
+        return self.up
+
+    def starts(self, name):
+        return 1
+
+    def restart(self, name, reason):
+        self.restarts.append((name, reason))
+
+
+def test_a_superlink_that_hangs_is_started_again(options, monkeypatch):
+    monkeypatch.setattr(module, "answers", lambda *_: False)
+    supervisor = FakeSupervisor()
+    attendant = Attendant(options, supervisor)
+    for _ in range(module._HUNG_AFTER):
+        assert supervisor.restarts == []
+        attendant._go_round()
+    assert supervisor.restarts == [("superlink", "it does not answer")]
+
+
+def test_one_that_has_just_begun_is_given_time(options, monkeypatch):
+    monkeypatch.setattr(module, "answers", lambda *_: False)
+    supervisor = FakeSupervisor(uptime=20.0)
+    attendant = Attendant(options, supervisor)
+    for _ in range(3 * module._HUNG_AFTER):
+        attendant._go_round()
+    assert supervisor.restarts == []
+
+
+def test_a_renewed_certificate_is_taken_up(options, monkeypatch, tmp_path):
+    supervisor = FakeSupervisor(uptime=None)
+    attendant = Attendant(options, supervisor)
+    attendant._go_round()
+    assert supervisor.restarts == []
+    Provisioner(tmp_path).renew()
+    attendant._go_round()
+    attendant._go_round()
+    assert supervisor.restarts == [("superlink", "its certificate is a new one")]
+
+
+def test_an_expiry_that_is_near_is_told(options, monkeypatch, caplog):
+    monkeypatch.setattr(module, "EXPIRES_SOON_DAYS", 1000)
+    Attendant(options, FakeSupervisor(uptime=None))._go_round()
+    assert re.search(r"server.s certificate expires in 82[45] days; renew it", caplog.text)
+
+
+def test_devices_are_looked_after_when_the_registry_changes(options, monkeypatch, tmp_path):
+    seen = []
+    supervisor = FakeSupervisor()
+    attendant = Attendant(options, supervisor)
+    monkeypatch.setattr(
+        attendant._membership, "reconcile", lambda devices, control: seen.append([*devices])
+    )
+    attendant._look_after_devices(None)
+    attendant._look_after_devices(None)
+    Provisioner(tmp_path).add(["pi-02"])
+    attendant._look_after_devices(None)
+    attendant._look_after_devices(None)
+    assert seen == [["pi-01"], ["pi-01", "pi-02"]]
+
+
+def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_ATTEND_SECONDS", 0.01)
+    attendant = Attendant(options, FakeSupervisor())
+    rounds = []
+
+    def fail():
+        rounds.append(None)
+        raise ConfigError("the registry cannot be read")
+
+    monkeypatch.setattr(attendant, "_go_round", fail)
+    thread = threading.Thread(target=attendant.run)
+    thread.start()
+    while len(rounds) < 5:
+        time.sleep(0.01)
+    attendant.stop()
+    thread.join()
+    assert caplog.text.count("the registry cannot be read; tried again") == 1
+
+
+def test_nobody_there_does_not_answer(folder):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert not answers(Address("127.0.0.1", port), folder.authority_path, seconds=0.3)
+    assert not answers(Address("127.0.0.1", port), None)
+
+
+def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
+    code = "import sys, time; from pathlib import Path\n"
+    code += "from fleet.deploy.one_at_a_time import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1]), 'x'): print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "s")], stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    assert somebody_in(tmp_path / "s")
+    holder.kill()
+    holder.wait()
+    assert not somebody_in(tmp_path / "s")
+
+
+def test_the_app_holds_what_server_and_devices_run_and_nothing_of_simulations():
+    with zipfile.ZipFile(BytesIO(build_app())) as app:
+        names = {*app.namelist()}
+    assert {"pyproject.toml", "fleet/config.py", "clients/client_app.py"} <= names
+    assert "strategies/server_app.py" in names
+    assert not [name for name in names if name.startswith(("simulations", "tests"))]
+
+
+def test_the_app_of_an_installation_is_that_of_the_checkout(tmp_path):
+    """A wheel has pyproject.toml inside the package fleet, and stands among others' packages."""
+    for path, source in app_files().items():
+        inside = "fleet/pyproject.toml" if path == "pyproject.toml" else path
+        (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / inside).write_bytes(source.read_bytes())
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "x.py").touch()
+    assert build_app(tmp_path) == build_app()
+
+
+def test_an_installation_in_pieces_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"pyproject\.toml is missing"):
+        build_app(tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    with pytest.raises(ConfigError, match="package fleet is missing"):
+        build_app(tmp_path)
+
+
+def test_a_run_needs_a_server_that_runs(folder):
+    result = run("run", "--dir", folder.path)
+    assert result.exit_code == 1
+    assert f"no server runs in {folder.path}; start it with: fleet server" in result.output
+
+
+def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    with alone_in(folder.state_path, "fleet server"):
+        result = run(
+            *("run", "--dir", folder.path, "--name", "one", "--detach", "--data", "images"),
+            *("--rounds", 3, "--set", "blocks=2", "--set", "evaluation=clients"),
+        )
+    assert result.exit_code == 0, result.output
+    wishes = Wishes(folder.runs_path)
+    wish = wishes.read("one")
+    assert wish.settings["rounds"] == 3 and wish.settings["blocks"] == "2"
+    assert wish.settings["evaluation"] == "clients" and wish.settings["seed"] == 0
+    assert wish.settings["data"] == str(tmp_path / "images")
+    assert wish.run_dir == wish.settings["run-dir"] == str(folder.runs_path / "one")
+    assert wishes.app("one") == build_app()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--set", "round=3"], "unknown setting round; known:"),
+        (["--set", "rounds=many"], "rounds must be int, got 'many'"),
+        (["--name", "a/b"], "run name 'a/b' cannot be used"),
+        (["--resume", "x"], "there is no wish for a run (known: none)"),
+        (["--stop", "x"], "there is no wish for a run (known: none)"),
+        (["--stop", "x", "--rounds", "3"], "--stop stands alone"),
+        (["--stop", "x", "--resume", "y"], "--resume stands alone"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, arguments, complaint):
+    with alone_in(folder.state_path, "fleet server"):
+        result = run("run", "--dir", folder.path, *arguments)
+    assert result.exit_code == 1 and complaint in result.output
+    assert not list(folder.path.glob("runs/*.toml"))

@@ -1,0 +1,133 @@
+import asyncio
+import json
+import socket
+import threading
+
+import pytest
+
+from fleet.deploy.superlink import STATUS_PATH, Guard, device_status, listening_sockets, may_pass
+
+OUTSIDE, LOOPBACK = ("192.168.1.77", 40000), ("127.0.0.1", 40000)
+
+
+def http(path, client, **more):
+    return {"type": "http", "path": path, "client": client, "headers": [], **more}
+
+
+def test_from_outside_a_flower_superlink_serves_devices_alone():
+    from fastapi.routing import iter_route_contexts
+    from flwr.superlink.main import create_app
+
+    paths = {context.path for context in iter_route_contexts(create_app().routes)}
+    open_paths = {path for path in paths if may_pass(http(path, OUTSIDE))}
+    assert open_paths == {path for path in paths if path.startswith("/v1/fleet/")} | {"/health"}
+    for served in ("/v1/control/start-run", "/v1/control/register-node", "/v1/fleet/pull-messages"):
+        assert served in paths
+    assert any(path.startswith("/v1/runtime/") for path in paths)
+    assert all(may_pass(http(path, LOOPBACK)) for path in paths)
+    assert may_pass(http(STATUS_PATH, OUTSIDE))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run",
+        "//v1/fleet/../control/start-run",
+        "/V1/FLEET/x",
+        "/v1/fleet",
+        "/health/../v1/control/start-run",
+        "/docs",
+        "/openapi.json",
+        "",
+    ],
+)
+def test_nothing_else_passes_from_outside(path):
+    assert not may_pass(http(path, OUTSIDE))
+
+
+@pytest.mark.parametrize("client", [None, ("", 0), ("fe80::1", 0), ("::ffff:10.0.0.1", 0)])
+def test_a_peer_that_is_not_loopback_for_certain_is_from_outside(client):
+    assert not may_pass(http("/v1/control/start-run", client))
+
+
+def test_headers_do_not_make_anyone_loopback():
+    forged = [(b"x-forwarded-for", b"127.0.0.1"), (b"forwarded", b"for=127.0.0.1")]
+    assert not may_pass(http("/v1/control/start-run", OUTSIDE, headers=forged))
+
+
+def answer(scope):
+    """What the guard sends, and whether the app behind it was asked."""
+    asked, sent = [], []
+
+    async def app(scope, receive, send):
+        asked.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(app)(scope, None, send))
+    return sent, bool(asked)
+
+
+def test_the_guard_answers_by_itself_what_may_not_pass():
+    sent, asked = answer(http("/v1/control/start-run", OUTSIDE))
+    assert not asked and sent[0]["status"] == 403
+    assert "only the server's own machine" in json.loads(sent[1]["body"])["detail"]
+    assert answer(http("/v1/control/start-run", LOOPBACK)) == ([], True)
+
+
+def test_the_guard_closes_a_websocket_from_outside():
+    sent, asked = answer({"type": "websocket", "path": "/v1/fleet/x", "client": OUTSIDE})
+    assert not asked and sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_server_on_one_address_is_reached_by_loopback_too():
+    here = "127.0.0.5"  # stands for an address of the network: loopback is 127.0.0.1 to our parts
+    sockets = listening_sockets(here, 0)
+    try:
+        assert [each.getsockname()[0] for each in sockets] == [here]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def test_a_server_on_all_addresses_listens_once_and_on_both_families():
+    (ipv4,) = listening_sockets("0.0.0.0", 0)
+    ipv4.close()
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    (both,) = listening_sockets("::", 0)
+    with both:
+        threading.Thread(target=both.accept, daemon=True).start()
+        socket.create_connection(("127.0.0.1", both.getsockname()[1]), timeout=10).close()
+
+
+def test_a_port_that_is_taken_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError):
+        listening_sockets("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.fixture
+def linkstate(tmp_path):
+    """Flower's own, over a file."""
+    from flwr.superlink.config_loader import (
+        get_federation_manager,
+        get_objectstore_linkstate_factories,
+    )
+
+    manager = get_federation_manager()
+    database = str(tmp_path / "flower.db")
+    _, factory = get_objectstore_linkstate_factories(database, manager)
+    return factory.state()
+
+
+def test_a_device_is_seen_as_flower_sees_it(linkstate):
+    assert device_status(linkstate, b"key") == {"status": "unknown"}
+    node = linkstate.create_node("aid", "name", b"key", 30)
+    assert device_status(linkstate, b"key") == {"status": "registered"}
+    linkstate.activate_node(node, 30)
+    assert device_status(linkstate, b"key") == {"status": "online"}
+    linkstate.deactivate_node(node)
+    assert device_status(linkstate, b"key") == {"status": "offline"}
+    linkstate.delete_node("aid", node)
+    assert device_status(linkstate, b"key") == {"status": "unknown"}

@@ -1,0 +1,289 @@
+"""The fleet's own commands on real processes: TLS, keys, a killed SuperLink, a revocation."""
+
+import contextlib
+import http.client
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from sklearn.datasets import load_digits
+
+from fleet.backbones import load_backbone
+from fleet.deploy.addresses import Address
+from fleet.deploy.control import Control
+from fleet.deploy.provisioning import Provisioner
+from fleet.records import RoundReport, RunRecord
+from tests.deployment import HOST, Processes, free_ports, handshake
+
+CLASSES = {"eight": 8, "four": 4, "one": 1}  # class folder → digit
+BLOCKS = {"pi-01": 1, "pi-02": 2}
+IMAGES = {"pi-01": 30, "pi-02": 20, "server": 10}  # of each class
+STRANGER = "stranger"  # has the server's certificate, but no key that it knows
+IMAGE_SIZE = 32
+SETTINGS = {
+    "image-size": IMAGE_SIZE,
+    "weights": "none",
+    "blocks": 2,
+    "local-epochs": 1,
+    "batch-size": 8,
+    "rounds": 2,
+    "min-clients": 2,
+    "round-timeout": 300,
+}
+# Each command starts Python and imports Flower, every task of a client torch too.
+START_SECONDS, RUN_SECONDS = 180, 900
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a run over real processes left, while the processes are still there.
+
+    Attributes:
+        killed: the SuperLink that was killed in the first round.
+        devices: Flower's status of every node, by public key, before anybody was revoked.
+    """
+
+    provisioner: Provisioner
+    port: int
+    processes: Processes
+    record: RunRecord
+    killed: int
+
+    @property
+    def rounds(self) -> list[RoundReport]:
+        """From round 0 on."""
+        return list(self.record.rounds())
+
+    def control(self) -> Control:
+        """As the server itself talks to the SuperLink."""
+        return Control(Address(HOST, self.port), self.provisioner.server.authority_path)
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    # Not pytest's own folder: its name is long, and it stays.
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        processes = Processes(Path(folder))
+        try:
+            yield deploy(processes)
+        finally:
+            processes.stop()
+
+
+@pytest.fixture(autouse=True)
+def logs_of_a_failure(deployment, request):
+    """A failed test shows what the processes printed."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed_before:
+        print(all_logs(deployment.processes))
+
+
+def test_both_devices_train_their_own_blocks_on_their_own_images_in_both_rounds(deployment):
+    start, *trained = deployment.rounds
+    assert [start.server_round, *(r.server_round for r in trained)] == [0, 1, 2]
+    assert start.clients == ()
+    for report in trained:
+        assert report.refused == {}  # the SuperLink was killed, and nobody's update was lost
+        assert {client.name: client.blocks for client in report.clients} == BLOCKS
+        assert {client.name: client.num_examples for client in report.clients} == {
+            name: len(CLASSES) * IMAGES[name] * 4 // 5 for name in BLOCKS
+        }  # the fifth part validates
+        assert set(report.coverage.values()) == {1, 2}  # the wider device's own block, the rest
+
+
+def test_the_run_went_on_over_a_superlink_that_was_killed(deployment):
+    log = deployment.processes.log("server")
+    assert "superlink was killed by signal 9; started again in" in log
+    assert not psutil.pid_exists(deployment.killed)
+    assert "run first has finished" in log
+    state = (deployment.provisioner.server.runs_path / "first.state.toml").read_text()
+    assert 'status = "finished"' in state and "submissions = 1" in state
+
+
+def test_every_round_was_evaluated(deployment):
+    for report in deployment.rounds[1:]:
+        assert 0 <= report.accuracy <= 1
+        assert report.loss > 0
+    assert deployment.record.summary()["accuracy"] == deployment.rounds[-1].accuracy
+
+
+def test_devices_report_their_memory_and_where_there_is_a_sensor_their_temperature(deployment):
+    sensors = getattr(psutil, "sensors_temperatures", dict)()
+    for client in (c for report in deployment.rounds for c in report.clients):
+        assert client.metrics["resident-peak-bytes"] > client.peak_bytes > 0
+        assert ("temperature-celsius" in client.metrics) == any(sensors.values())
+
+
+def test_the_saved_model_differs_from_the_first_one_where_a_device_trained(deployment):
+    path = deployment.record.model_path
+    with safe_open(path, "pt") as file:
+        assert sorted(json.loads(file.metadata()["classes"])) == sorted(CLASSES)
+    options = {"num_classes": len(CLASSES), "image_size": IMAGE_SIZE}
+    before = load_backbone("efficientnet_lite0", **options, weights="none").model.state_dict()
+    saved = load_backbone("efficientnet_lite0", **options, weights=str(path)).model.state_dict()
+    trained = deployment.rounds[-1].coverage.keys()
+    assert trained <= saved.keys() == before.keys()
+    assert all(not torch.equal(before[name], saved[name]) for name in trained)
+
+
+def test_who_follows_a_run_sees_its_rounds_and_its_end(deployment):
+    log = deployment.processes.log("run")
+    assert "round 1/2" in log and "round 2/2" in log
+    assert str(deployment.record.model_path) in log
+
+
+def test_the_server_speaks_tls_alone(deployment):
+    authority = deployment.provisioner.server.authority_path
+    assert handshake(deployment.port, authority) is not None
+    plain = http.client.HTTPConnection(HOST, deployment.port, timeout=30)
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        plain.request("GET", "/")
+        plain.getresponse()
+
+
+def test_a_stranger_is_told_so_and_what_to_do(deployment):
+    log = deployment.processes.log(STRANGER)
+    assert f"does not know the key of {STRANGER}: it was taken out, or the bundle is" in log
+    assert "fleet provision --add NAME" in log
+    assert deployment.processes.exit_code(STRANGER) is None  # it keeps trying
+    with contextlib.closing(deployment.control()) as control:
+        assert len(control.nodes()) == len(BLOCKS)
+
+
+def test_a_device_that_is_revoked_is_out_and_told_so_and_one_that_is_added_is_in(deployment):
+    """Last of this file: it changes the fleet."""
+    processes, provisioner = deployment.processes, deployment.provisioner
+    provisioner.revoke(["pi-02"])
+    provisioner.add(["pi-03"])
+    processes.wait(
+        "server follows the registry",
+        lambda: (
+            "pi-02 may no longer take part" in processes.log("server")
+            and "pi-03 may take part" in processes.log("server")
+        ),
+        seconds=60,
+    )
+    with contextlib.closing(deployment.control()) as control:
+        statuses = sorted(node.status for node in control.nodes())
+    assert statuses == ["online", "registered", "unregistered"]
+    processes.wait(
+        "the revoked device says so",
+        lambda: "does not know the key of pi-02: it was taken out" in processes.log("pi-02"),
+        seconds=START_SECONDS,
+    )
+    assert processes.exit_code("pi-02") is None
+
+
+def test_everything_ends_with_the_commands(deployment):
+    """The very last of this file: it ends the processes."""
+    processes = deployment.processes
+    started = [processes.process(name) for name in ("server", *BLOCKS, STRANGER)]
+    family = [child for each in started for child in each.children(recursive=True)]
+    assert len(family) >= 2 + 2 * len(BLOCKS) - 1
+    for each in started:
+        each.terminate()
+    _, alive = psutil.wait_procs(started + family, timeout=60)
+    assert alive == []
+    for name in ("server", *BLOCKS, STRANGER):
+        assert processes.exit_code(name) == 0
+        assert "has ended" in processes.log(name)
+
+
+def deploy(processes: Processes) -> Deployment:
+    """Start server and devices, ask for a run, kill the SuperLink, wait until it has ended."""
+    folder = processes.folder
+    (port,) = free_ports(1)
+    provisioner = Provisioner(folder / "fleet")
+    provisioner.begin([Address("localhost", port)], [*BLOCKS])
+    write_images(folder)
+    start(processes, "server", "server", *("--dir", provisioner.server.path, "--host", HOST))
+    for name, blocks in BLOCKS.items():
+        start_client(processes, provisioner.bundle_path(name), name, "--blocks", blocks)
+    start_client(processes, bundle_of_a_stranger(provisioner), STRANGER, images="pi-01")
+    server_log = lambda: processes.log("server")  # noqa: E731
+    processes.wait("registration", lambda: "pi-02 may take part" in server_log(), START_SECONDS)
+    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
+    start(processes, "run", "run", *arguments, "--data", folder / "server-images")
+    processes.wait(
+        "a device trains",
+        lambda: "Receiving: train message" in supernode_log(folder, "pi-01"),
+        RUN_SECONDS,
+    )
+    killed = superlink_of(processes)
+    killed.kill()
+    processes.finish("run", RUN_SECONDS)
+    record = RunRecord(provisioner.server.runs_path / "first")
+    processes.wait(
+        "the stranger is turned away",
+        lambda: "does not know the key" in processes.log(STRANGER),
+        START_SECONDS,
+    )
+    return Deployment(provisioner, port, processes, record, killed.pid)
+
+
+def start(processes: Processes, name: str, command: str, *arguments: object) -> None:
+    processes.start(name, "user", "fleet", command, *arguments)
+
+
+def start_client(
+    processes: Processes, bundle: Path, name: str, *arguments: object, images: str = ""
+) -> None:
+    data = processes.folder / f"{images or name}-images"
+    state = ("--state", processes.folder / name)
+    start(processes, name, "client", "--bundle", bundle, "--data", data, *state, *arguments)
+
+
+def bundle_of_a_stranger(provisioner: Provisioner) -> Path:
+    """A bundle of another fleet's key, with this server's address and authority."""
+    other = Provisioner(provisioner.out.parent / "other")
+    other.begin(provisioner.server.hosts(), [STRANGER])
+    folder = other.out / STRANGER
+    (folder / "ca.crt").write_bytes(provisioner.server.authority_path.read_bytes())
+    return folder
+
+
+def write_images(folder: Path) -> None:
+    """Each machine's own part of the digits, as `pi-01-images/eight/0.png` and so on."""
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    for class_name, digit in CLASSES.items():
+        images = iter(pixels[digits.target == digit])
+        for machine, count in IMAGES.items():
+            class_folder = folder / f"{machine}-images" / class_name
+            class_folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(next(images)).save(class_folder / f"{i}.png")
+
+
+def superlink_of(processes: Processes) -> psutil.Process:
+    (found,) = (
+        child
+        for child in processes.process("server").children()
+        if "fleet.deploy.superlink" in child.cmdline()
+    )
+    return found
+
+
+def supernode_log(folder: Path, name: str) -> str:
+    path = folder / name / "logs" / "supernode.log"
+    return path.read_text() if path.exists() else ""
+
+
+def all_logs(processes: Processes) -> str:
+    """What the commands printed, and what Flower did."""
+    logs = [processes.logs()]
+    for path in sorted(processes.folder.rglob("*.log")):
+        if os.path.basename(os.path.dirname(path)) == "logs":
+            logs.append(f"----- {path}\n{path.read_text(errors='replace')[-4000:]}")
+    return "\n".join(logs)
