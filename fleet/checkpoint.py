@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ class Checkpoints:
         return None
 
     def drop_older(self) -> None:
-        """Keep the newest alone, as after a run that has ended well."""
-        self._keep(1)
+        """Keep the newest alone, as after a run that has ended well; or all, if none can go."""
+        with suppress(OSError):
+            self._keep(1)
 
     def __len__(self) -> int:
         """How many there are, damaged ones included."""

@@ -222,16 +222,17 @@ class RunRecord:
 
     @contextlib.contextmanager
     def held(self, patience: float = 10.0) -> Iterator[None]:
-        """Keep every other process from running in this folder, which is there.
+        """Keep every other process from running in this folder, made if it is not there.
 
         Args:
             patience: seconds that another one, which may be ending, is waited for.
 
         Raises:
-            ConfigError: if another one runs in it still, or it cannot be opened.
+            ConfigError: if another one runs in it still, or it cannot be made or opened.
         """
         deadline = time.monotonic() + patience
         try:
+            make_folder(self.path)
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise self._unusable(error) from error
@@ -593,7 +594,7 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
 def _unwritten(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
         f"cannot write {path}: {_reason(error)}; free space or give write permission there, "
-        f"then run again with another run-dir"
+        f"then resume the run, or run again with another run-dir"
     )
 
 

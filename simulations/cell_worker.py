@@ -71,6 +71,7 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
         if not task["keep_models"]:
             for path in (record.model_path, record.page_path):
                 path.unlink(missing_ok=True)
+        shutil.rmtree(record.checkpoints_path, ignore_errors=True)  # it has ended well
         folders.finish(key, measured)
         say("done", measured=measured)
     except Exception as error:

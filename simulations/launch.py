@@ -136,12 +136,17 @@ def resumed(run_dir: str | Path) -> tuple[dict[str, Value], dict[str, str | floa
 
 
 def _check_resumed(record: RunRecord, config: RunConfig, adversity: Adversity) -> None:
-    """What only a simulation knows of a run that is to go on; the server knows the rest.
+    """What is wrong with a run that is to go on, told before anything is loaded.
 
     Raises:
-        ConfigError: if the fleet is another, or its clients remember nothing of the run.
+        CheckpointError, ConfigError: as `strategies.resume.standing`; ConfigError too
+            if the fleet is another, or its clients remember nothing of the run.
     """
-    if not record.rounds_path.is_file():
+    # Here, not above: it brings Flower's apps.
+    from strategies.resume import standing
+
+    kept = standing(config)
+    if kept is None:
         return
     settings, table = resumed(record.path)
     now = adversity.as_table() | {"clients": config.federation.clients}
@@ -152,9 +157,8 @@ def _check_resumed(record: RunRecord, config: RunConfig, adversity: Adversity) -
                 f"{key} is {now.get(key, 'not set')}, and was {before.get(key, 'not set')} as the "
                 f"run in {record.path} began; leave it so, or begin anew in another run-dir"
             )
-    *_, last = record.rounds()
     ended = record.summary_path.is_file()
-    if ended and last.server_round < config.federation.rounds and _clients_remember(config):
+    if ended and kept.server_round < config.federation.rounds and _clients_remember(config):
         raise ConfigError(
             f"run {record.path} has ended, and what its clients remembered of it is gone, "
             f"which its codecs, objective or local-norms need; begin it anew with more rounds in "

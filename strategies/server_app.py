@@ -68,47 +68,68 @@ def run(grid: Grid, config: RunConfig) -> None:
         clients = kept.clients if kept else len(online)
         record = _record(config, clients, while_it_runs)
         log(INFO, "records go to %s", record.path)
-        facts = {
-            "run": kept.run if kept else secrets.token_hex(8),
-            "clients": clients,
-            "classes": classes,
-            "plan_digest": model.plan.digest,
-            "settings": kept.settings if kept else config.as_settings(),
-        }
-        keeper = Keeper(record, lambda state: model.save(state, record), facts)
-
-        def end_round(report: RoundReport) -> None:
-            _check_loss(report, federation.server_learning_rate)
-            keeper.end_round(strategy, report)
-
-        strategy = FleetStrategy(
-            capture(model.backbone.model, model.plan),
-            classes,
-            roster,
-            federation,
-            config.seed,
-            algorithm(federation, config.seed, clients=clients),
-            evaluate=(lambda state: model.evaluate(state, test, config)) if test else None,
-            on_round=end_round,
-            run=facts["run"],
-            head_start=HeadStarter.of(model.backbone) if federation.head_start else None,
-        )
-        if kept:
-            strategy.restore(kept.strategy, kept.server_round)
-            keeper.mend(strategy, kept)
-            log(INFO, "the run goes on after round %d", kept.server_round)
+        strategy, keeper = _strategy(roster, config, kept, model, record, clients, test)
         strategy.run(grid)
         keeper.finish()
         _conclude(record, config, model.plan)
 
 
+def _strategy(
+    roster: Roster,
+    config: RunConfig,
+    kept: Standing | None,
+    model: "_GlobalModel",
+    record: RunRecord,
+    clients: int,
+    test: ImageData | None,
+) -> tuple[FleetStrategy, Keeper]:
+    """The strategy as it begins, or goes on, and what keeps its rounds.
+
+    Args:
+        clients: of the fleet as the run began.
+        test: held-out images; None leaves evaluation to the clients.
+    """
+    federation = config.federation
+    facts = {
+        "run": kept.run if kept else secrets.token_hex(8),
+        "clients": clients,
+        "classes": model.classes,
+        "plan_digest": model.plan.digest,
+        "settings": kept.settings if kept else config.as_settings(),
+    }
+    keeper = Keeper(record, lambda state: model.save(state, record), facts)
+
+    def end_round(report: RoundReport) -> None:
+        _check_loss(report, federation.server_learning_rate)
+        keeper.end_round(strategy, report)
+
+    strategy = FleetStrategy(
+        capture(model.backbone.model, model.plan),
+        model.classes,
+        roster,
+        federation,
+        config.seed,
+        algorithm(federation, config.seed, clients=clients),
+        evaluate=(lambda state: model.evaluate(state, test, config)) if test else None,
+        on_round=end_round,
+        run=facts["run"],
+        head_start=HeadStarter.of(model.backbone) if federation.head_start else None,
+    )
+    if kept:
+        strategy.restore(kept.strategy, kept.server_round)
+        keeper.mend(strategy, kept)
+        log(INFO, "the run goes on after round %d", kept.server_round)
+    return strategy, keeper
+
+
 def _standing(config: RunConfig, while_it_runs: contextlib.ExitStack) -> Standing | None:
     """Where the run to resume stands; its folder is held from before that is read."""
+    if not config.resume:
+        return None
     record = RunRecord(Path(config.run_dir))
-    if config.resume and record.path.is_dir():
-        while_it_runs.enter_context(record.held())
+    while_it_runs.enter_context(record.held())
     kept = standing(config)
-    if config.resume and kept is None:
+    if kept is None:
         log(INFO, "run %s has no checkpoint yet; it begins anew there", record.path)
     return kept
 
@@ -116,13 +137,9 @@ def _standing(config: RunConfig, while_it_runs: contextlib.ExitStack) -> Standin
 def _record(config: RunConfig, clients: int, while_it_runs: contextlib.ExitStack) -> RunRecord:
     """The run's folder, held until the run ends."""
     settings = config.as_settings() | {"clients": clients}
-    if config.resume:
-        was_there = Path(config.run_dir).is_dir()
-        record = RunRecord.reopen(config.run_dir, settings)
-        if was_there:
-            return record
-    else:
-        record = RunRecord.create(config.run_dir, settings)
+    if config.resume:  # and held by now
+        return RunRecord.reopen(config.run_dir, settings)
+    record = RunRecord.create(config.run_dir, settings)
     while_it_runs.enter_context(record.held())
     return record
 

@@ -10,6 +10,7 @@ LONG_FILES = (
     "test_deployment.py",
     "test_stopping.py",
     "test_launch.py",
+    "test_resume.py",
     "test_memory_limit.py",
     "test_flwr_run.py",
     "test_gate_fuzz.py",

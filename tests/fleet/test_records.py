@@ -1,8 +1,10 @@
+import dataclasses
 import errno
 import json
 import math
 import re
 import time
+import tomllib
 
 import pytest
 import safetensors
@@ -10,7 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from fleet.errors import ConfigError
-from fleet.records import ClientReport, RoundReport, RunRecord, summarise, to_json
+from fleet.records import (
+    ClientReport,
+    RoundReport,
+    RunRecord,
+    recorded_beside,
+    summarise,
+    to_json,
+)
 
 FILES = ("config.toml", "rounds.jsonl", "summary.json", "model.safetensors", "report.html")
 
@@ -335,3 +344,86 @@ def test_a_model_is_as_readable_as_the_rest_of_the_run(record):
     record.write_summary({})
     modes = {path.stat().st_mode for path in record.path.iterdir()}
     assert len(modes) == 1
+
+
+# Runs that go on
+
+
+def line_of(server_round, **changes):
+    return to_json(dataclasses.asdict(report(server_round, **changes)))
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_whatever_was_written_of_the_rounds_they_end_with_the_one_asked_for(record, last, cut):
+    """Of four rounds some are there, and half of a line; round `last` is to be the last."""
+    lines = [line_of(n, bytes_up=n) for n in range(4)]
+    whole = "".join(f"{line}\n" for line in lines)
+    wanted = "".join(f"{line}\n" for line in lines[: last + 1])
+    # At least the rounds before it are there: each was seen to the disk before the next began.
+    least = sum(len(line) + 1 for line in lines[:last])
+    record.rounds_path.write_text(whole[: min(least + 9 * cut, len(whole))])
+    record.end_with(lines[last])
+    assert record.rounds_path.read_text() == wanted
+    record.end_with(lines[last])
+    assert record.rounds_path.read_text() == wanted
+    record.add_round(report(last + 1))
+    assert [r.server_round for r in record.rounds()] == list(range(last + 2))
+
+
+def test_a_repeated_round_takes_the_place_of_its_line(record):
+    for n in range(3):
+        record.add_round(report(n))
+    record.end_with(line_of(1, bytes_up=7))
+    assert [(r.server_round, r.bytes_up) for r in record.rounds()] == [(0, 0), (1, 7)]
+
+
+def test_rounds_that_were_lost_altogether_begin_with_the_one_asked_for(record):
+    record.end_with(line_of(0))
+    assert [r.server_round for r in record.rounds()] == [0]
+
+
+def test_a_line_that_finds_no_room_leaves_the_lines_before_it(record, monkeypatch):
+    record.add_round(report(1))
+    before = record.rounds_path.read_bytes()
+
+    def half(file, content):
+        file.write(content[:20])
+        full_disk()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fleet.records._write_all", half)
+        with pytest.raises(ConfigError, match=r"No space left on device; free space .* resume"):
+            record.add_round(report(2))
+    assert record.rounds_path.read_bytes() == before
+    record.add_round(report(2))
+    assert [r.server_round for r in record.rounds()] == [1, 2]
+
+
+def test_a_folder_that_is_opened_again_says_what_is_in_force_now(record):
+    record.add_round(report(1))
+    record.write_summary({"rounds": 1})
+    left = record.path / ".model.safetensors.123"  # of a process that was killed
+    other = record.path / ".notes.123"
+    left.touch()
+    other.touch()
+    again = RunRecord.reopen(str(record.path), {"rounds": 9})
+    settings = tomllib.loads(again.config_path.read_text())["settings"]
+    assert settings == {"rounds": 9, "run-dir": str(record.path)}
+    assert not record.summary_path.exists() and not left.exists() and other.exists()
+    assert len(list(again.rounds())) == 1
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    assert RunRecord.reopen(str(tmp_path / "a" / "b"), {}).config_path.is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write run directory .*; name another with run"):
+        RunRecord.reopen(str(tmp_path / "file" / "run"), {})
+
+
+def test_tables_beside_the_settings_are_there_from_the_beginning(tmp_path):
+    with recorded_beside({"simulation": {"drop": 0.2}}):
+        record = RunRecord.create(str(tmp_path / "run"), {"seed": 1})
+    facts = tomllib.loads(record.config_path.read_text())
+    assert facts["simulation"] == {"drop": 0.2} and facts["settings"]["seed"] == 1
+    assert "simulation" not in RunRecord.create(str(tmp_path / "next"), {}).config_path.read_text()
