@@ -304,7 +304,7 @@ def test_a_device_that_misstates_when_to_hold_back_is_told_so(value):
 
 
 @pytest.fixture
-def device():
+def device(image_folder):
     """Function of its node configuration → a real device with images of two classes."""
     folder = image_folder("0", "1")
     return lambda **node: client({"name": "attic", "data": folder} | node)
