@@ -20,6 +20,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from fleet.errors import ConfigError
+from fleet.signals import ENDING
 from simulations.local_clients import SERVER_NODE_ID, LocalClients, identify, number_of, pack
 
 # How far workers may run ahead of the reply that is waited for, in replies a worker: so
@@ -226,7 +227,9 @@ def _ending(exit_code: int | None) -> str:
 
 def _serve(clients: LocalClients, connection: Connection, not_ours: Sequence[Connection]) -> None:
     """A worker's life: answer messages until the run's process closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the run, which ends its workers
+    # A terminal tells its whole job of Ctrl-C and of its end; it is the run that ends its workers.
+    for number in set(ENDING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in not_ours:
         other.close()
