@@ -10,14 +10,14 @@ from clients.client import Client
 from clients.device import device_metrics
 from clients.feedback import encode_update
 from clients.local_data import local_data, relabel
-from clients.model import receive
+from clients.model import agree, receive
 from clients.personal import keep_gradients, keep_norms, objective
 from fleet.backbones import Backbone
 from fleet.codec import Download, Payload, decode
 from fleet.config import LocalConfig
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
-from fleet.mobiletl import TransferModel, first_trained_step
+from fleet.mobiletl import first_trained_step
 from fleet.plan import UpdatePlan
 from fleet.planner import afford_locally
 from fleet.state import Arrays, capture
@@ -50,7 +50,7 @@ def train_task(client: Client, task: Task, download: Download) -> tuple[Payload,
     round_seed = _round_seed(config.seed, task.server_round, client.name)
     received = state.narrow(narrow).tensors
     result = train_locally(
-        TransferModel(backbone, narrow, local.stash, cut),
+        agree(client, task).transfer(narrow, local.stash, cut),
         relabel(training, task.classes),
         backbone.preprocessing,
         local,
@@ -90,7 +90,7 @@ def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     backbone, plan, _ = receive(client, task, download)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
     return evaluate(
-        TransferModel(backbone, plan),
+        agree(client, task).transfer(plan),
         relabel(validation, task.classes),
         backbone.preprocessing,
         features=client.config.features,
