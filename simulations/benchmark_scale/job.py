@@ -14,7 +14,7 @@ from fleet.config import Value
 from fleet.errors import ConfigError
 from fleet.measure.comparison import commit
 from fleet.records import RoundReport
-from simulations.benchmark_scale.footprint import bound_on_peak, footprint, watching
+from simulations.footprint import bound_on_peak, footprint, watching
 from simulations.launch import simulate
 
 _ROOT = Path(__file__).parents[2]
