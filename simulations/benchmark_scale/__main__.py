@@ -135,6 +135,48 @@ def fleets(
     click.echo(_made_by(courses[fleets_[0]][0]))
 
 
+@main.command()
+@click.option("--clients", default=4, show_default=True)
+@click.option("--rounds", default=6, show_default=True)
+@click.option("--repeats", default=2, show_default=True)
+@click.option("--backbone", default="efficientnet_lite0", show_default=True)
+@click.option("--image-size", default=128, show_default=True)
+@click.option("--data", default="digits", show_default=True)
+@click.option("--images", default=32, show_default=True, help="Training images of each client.")
+@_out
+def methods(
+    clients: int,
+    rounds: int,
+    repeats: int,
+    backbone: str,
+    image_size: int,
+    data: str,
+    images: int,
+    out: Path,
+) -> None:
+    """Rounds a minute of one fleet by MobileTL, k = 5, with the shared cache, and by full."""
+    common = _JOB | {
+        "data": data,
+        "clients": clients,
+        "rounds": rounds + 1,
+        "train-examples": clients * images,
+        "test-examples": 100,
+        "backbone": backbone,
+        "image-size": image_size,
+        "local-epochs": 2,
+        "learning-rate": 0.01,
+    }
+    own = {"mobiletl": {"method": "mobiletl", "blocks": "5"}, "full": {"method": "full"}}
+    courses: dict[str, list[Course]] = {method: [] for method in own}
+    for repeat in range(repeats):
+        for method, settings in own.items():
+            name = f"{method}-{image_size}-{repeat}"
+            click.echo(name, err=True)
+            courses[method].append(run_kept(out, name, common | settings, 1, _telling(rounds)))
+    click.echo(as_markdown(methods_table(courses)).replace("## ", "### ", 1))
+    click.echo(_made_by(courses["full"][0]))
+
+
 def soak_table(course: Course) -> Grid:
     """What a long run held."""
     settings, notes = course.settings, _steady(course)
@@ -199,6 +241,42 @@ def fleets_table(courses: dict[int, list[Course]]) -> Grid:
         note,
         named=True,
     )
+
+
+def methods_table(courses: dict[str, list[Course]]) -> Grid:
+    """Rounds a minute of CPU, and by the clock."""
+    full = courses["full"]
+    rows = []
+    for method, own in courses.items():
+        cpu = [60_000 / _cpu_ms(course.rounds[_WARM:]) for course in own]
+        wall = [60 / median(_seconds(course)) for course in own]
+        full_cpu = [60_000 / _cpu_ms(course.rounds[_WARM:]) for course in full]
+        full_wall = [60 / median(_seconds(course)) for course in full]
+        rows.append(
+            (
+                "MobileTL, k = 5, cached" if method == "mobiletl" else "full",
+                _spread(cpu, 1),
+                _spread([a / b for a, b in zip(cpu, full_cpu, strict=True)], 2),
+                _spread(wall, 1),
+                _spread([a / b for a, b in zip(wall, full_wall, strict=True)], 2),
+                _spread([course.peak_pss / _MIB for course in own], 0),
+            )
+        )
+    settings = full[0].settings
+    columns = ("method", "rounds a CPU minute", "÷ full", "a minute", "÷ full", "peak MiB")
+    title = (
+        f"{settings['clients']} clients × "
+        f"{settings['train-examples'] // settings['clients']} images, "
+        f"{settings['backbone']}, {settings['image-size']} px"
+    )
+    note = (
+        f"Medians of {len(full)} interleaved runs, in brackets the lowest and the highest; ratios "
+        f"are of one repeat's runs. {settings['local-epochs']} local epochs, batch "
+        f"{settings['batch-size']}, one process; evaluation of {settings['test-examples']} images "
+        f"and the writing of the model included. Rounds {_WARM} to {settings['rounds'] - 1}: "
+        f"round 1 has filled the cache."
+    )
+    return Grid(title, columns, rows, note, named=True)
 
 
 def _steady(course: Course) -> tuple[RoundNote, ...]:
