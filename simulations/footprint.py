@@ -16,13 +16,17 @@ class Footprint:
     """Of a process and its descendants, at one moment.
 
     Attributes:
-        pss: proportional set size, bytes: shared pages are divided by those who share them.
+        pss: proportional set size, bytes: shared pages are divided by those who share them,
+            be they of this family or not.
+        anonymous: of these, pages that lie in no file. They are shared within the family alone,
+            so that what other programs load and leave does not show.
         files: open file descriptors.
         cpu_seconds: of all, those that have ended and were waited for included.
         processes: how many there are.
     """
 
     pss: int
+    anonymous: int
     files: int
     cpu_seconds: float
     processes: int
@@ -30,16 +34,17 @@ class Footprint:
 
 def footprint(pid: int | None = None) -> Footprint:
     """Of the process of that id; None: of this one. What ends meanwhile is left out."""
-    pss = files = processes = 0
+    pss = anonymous = files = processes = 0
     cpu_seconds = 0.0
     for process in _family(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
             times = process.cpu_times()
             cpu = times.user + times.system + times.children_user + times.children_system
-            held, opened = process.memory_full_info().pss, process.num_fds()
-            pss, files, cpu_seconds = pss + held, files + opened, cpu_seconds + cpu
-            processes += 1
-    return Footprint(pss, files, cpu_seconds, processes)
+            opened, held = process.num_fds(), _kibibytes(process.pid, "smaps_rollup")
+            pss += 1024 * held.get("Pss", 0)
+            anonymous += 1024 * held.get("Pss_Anon", 0)
+            files, cpu_seconds, processes = files + opened, cpu_seconds + cpu, processes + 1
+    return Footprint(pss, anonymous, files, cpu_seconds, processes)
 
 
 def bound_on_peak(pid: int | None = None) -> int:
@@ -51,8 +56,7 @@ def bound_on_peak(pid: int | None = None) -> int:
     total = 0
     for process in _family(pid):
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            total += sum(1024 * int(line.split()[1]) for line in lines if line[:6] == "VmHWM:")
+            total += 1024 * _kibibytes(process.pid, "status").get("VmHWM", 0)
     return total
 
 
@@ -80,6 +84,13 @@ def watching(pid: int, period_seconds: float = _PERIOD_SECONDS) -> Iterator[Peak
     finally:
         done.set()
         thread.join()
+
+
+def _kibibytes(pid: int, file: str) -> dict[str, int]:
+    """Lines of /proc/PID/FILE that are a name and a number of kB; Source: proc(5)."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    words = (line.split() for line in lines)
+    return {each[0].rstrip(":"): int(each[1]) for each in words if each[-1:] == ["kB"]}
 
 
 def _family(pid: int | None) -> list[psutil.Process]:

@@ -181,7 +181,7 @@ def soak_table(course: Course) -> Grid:
     """What a long run held."""
     settings, notes = course.settings, _steady(course)
     numbers = [note.server_round for note in notes]
-    memory = trend(numbers, [note.pss / _MIB for note in notes])
+    memory = trend(numbers, [note.anonymous / _MIB for note in notes])
     files = [note.files for note in notes]
     rows = [
         ("peak memory, seen", f"{course.peak_pss / _MIB:.0f} MiB"),
@@ -202,9 +202,10 @@ def soak_table(course: Course) -> Grid:
         f"{settings['rounds'] - 1} rounds, {_processes(course)}"
     )
     note = (
-        f"Memory is the proportional set size of all processes: what is seen every second, "
-        f"and the sum of each one's own highest. The line by least squares, ± its standard error, "
-        f"files and CPU are of rounds {numbers[0]} to {numbers[-1]}, the run's second half. "
+        f"Peak: the proportional set size of all processes, looked at every second; and the sum "
+        f"of what each held at most, which they need not have held at once. Per 100 rounds: pages "
+        f"that lie in no file, by least squares, ± standard error. It, files and CPU are of rounds "
+        f"{numbers[0]} to {numbers[-1]}, the run's second half. "
         f"{settings['method']}, {settings['image-size']} px, {settings['codec-up']} up, "
         f"{settings['codec-down']} down."
     )

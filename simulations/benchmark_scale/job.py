@@ -28,7 +28,7 @@ class RoundNote:
     Attributes:
         server_round: from 0 on.
         seconds: by the clock.
-        pss, files, processes: after the round, of `Footprint`.
+        pss, anonymous, files, processes: after the round, of `Footprint`.
         cpu_seconds: from the start of the run on.
         bound: `bound_on_peak`, until then.
     """
@@ -36,6 +36,7 @@ class RoundNote:
     server_round: int
     seconds: float
     pss: int
+    anonymous: int
     files: int
     processes: int
     cpu_seconds: float
