@@ -1,3 +1,4 @@
+import json
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from fleet.deploy.app_bundle import app_files, build_app
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
+from fleet.deploy.supervisor import Ending
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError
 
@@ -266,3 +268,22 @@ def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, argumen
         result = run("run", "--dir", folder.path, *arguments)
     assert result.exit_code == 1 and complaint in result.output
     assert not list(folder.path.glob("runs/*.toml"))
+
+
+def test_runs_are_listed_and_stopped_without_a_server(folder):
+    with alone_in(folder.state_path, "fleet server"):
+        assert run("run", "--dir", folder.path, "--name", "one", "--detach").exit_code == 0
+    (listed,) = json.loads(run("run", "--dir", folder.path, "--list", "--format", "json").output)
+    assert (listed["name"], listed["status"], listed["submissions"]) == ("one", "waiting", 0)
+    stopped = run("run", "--dir", folder.path, "--stop", "one")
+    assert "let it go on with: fleet run --resume one" in stopped.output
+    assert not Wishes(folder.runs_path).read("one").wanted
+
+
+@pytest.mark.parametrize(
+    ("code", "tail", "reason"),
+    [(1, ("INFO: x", "cannot listen on 0.0.0.0, port 80: in use"), "cannot listen"), (-9, (), "")],
+)
+def test_why_a_process_of_flowers_ended_is_what_it_said_last(code, tail, reason):
+    verdict = module._judge(Ending(code, 1.0, tail))
+    assert reason in (verdict.reason if verdict else "") and bool(verdict) == bool(reason)
