@@ -62,7 +62,7 @@ class Client:
         """How many of the plan's blocks this client trains."""
         if "blocks" in self.node_config:
             return min(_whole_number("blocks", self.node_config["blocks"]), widest)
-        if self.is_simulated:
+        if self.simulated:
             partition_id = int(self.node_config["partition-id"])
             return min(self.config.plan.blocks_of(partition_id), widest)
         return widest
@@ -95,7 +95,7 @@ class Client:
             UpdateError: if the run's id is none.
         """
         setting = self.config.state_dir
-        if not setting and self.config.run_dir and self.is_simulated:
+        if not setting and self.config.run_dir and self.simulated:
             setting = str(Path(self.config.run_dir) / SIMULATED_STATE)
         return ClientMemory(state_directory(setting), run, self.name)
 
