@@ -5,7 +5,7 @@ from clients.local_data import local_data, relabel
 from clients.model import agree
 from fleet.closed_form import encode_moments, moments_of
 from fleet.message import Task
-from fleet.mobiletl import TransferModel, first_trained_step
+from fleet.mobiletl import first_trained_step
 
 
 def moments_task(client: Client, task: Task, exponent: int) -> bytes:
@@ -28,7 +28,7 @@ def moments_task(client: Client, task: Task, exponent: int) -> bytes:
     config = client.config
     training, _ = local_data(client.node_config, config.data, config.seed)
     moments = moments_of(
-        TransferModel(backbone, plan, cut=first_trained_step(backbone.steps, plan)),
+        own.transfer(plan, cut=first_trained_step(backbone.steps, plan)),
         relabel(training, task.classes),
         backbone.preprocessing,
         exponent,

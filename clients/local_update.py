@@ -11,14 +11,14 @@ from clients.device import Cooling, check_battery, device_metrics
 from clients.feedback import encode_update
 from clients.journal import note, noted
 from clients.local_data import local_data, relabel
-from clients.model import receive
+from clients.model import agree, receive
 from clients.personal import keep_gradients, keep_norms, objective
 from clients.share import LimitTooLow, Share, share_of
 from fleet.backbones import Backbone
 from fleet.codec import Download, Payload, decode
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
-from fleet.mobiletl import TransferModel, first_trained_step
+from fleet.mobiletl import first_trained_step
 from fleet.plan import UpdatePlan
 from fleet.state import Arrays, capture
 from fleet.train import train_locally
@@ -80,7 +80,7 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
     images = relabel(training, task.classes)
     with marked:
         result = train_locally(
-            TransferModel(backbone, narrow, share.local.stash, cut),
+            agree(client, task).transfer(narrow, share.local.stash, cut),
             images,
             backbone.preprocessing,
             share.local,
@@ -123,7 +123,7 @@ def evaluate_task(client: Client, task: Task, download: Download) -> Evaluation:
     backbone, plan, _ = receive(client, task, download, memory)
     _, validation = local_data(client.node_config, client.config.data, client.config.seed)
     return evaluate(
-        TransferModel(backbone, plan),
+        agree(client, task).transfer(plan),
         relabel(validation, task.classes),
         backbone.preprocessing,
         features=client.config.features,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ from fleet.backbones import Backbone, backbone_of
 from fleet.codec import FULL_STATE, Download, follow, parse_codec
 from fleet.config import ModelConfig
 from fleet.message import Task
+from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, agreed_plan
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
@@ -37,6 +38,19 @@ class Model:
     plan: UpdatePlan
     initial: TrainableState
     norms: dict[str, np.ndarray]
+    _transfers: dict[tuple, TransferModel] = field(default_factory=dict, repr=False, compare=False)
+
+    def transfer(
+        self, plan: UpdatePlan, stash: str = "recompute", cut: int | None = None
+    ) -> TransferModel:
+        """The backbone run as a plan trains it; arguments as of `TransferModel`.
+
+        Made once: reading a model's structure takes longer than a small client's step.
+        """
+        key = plan.digest, stash, cut
+        if key not in self._transfers:
+            self._transfers[key] = TransferModel(self.backbone, plan, stash, cut)
+        return self._transfers[key]
 
     def reset(self) -> None:
         """As pretrained again, whatever was trained since."""

@@ -5,7 +5,10 @@ import signal
 import threading
 from collections.abc import Iterator
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, a service that is stopped, a terminal that is closed (which Windows does not have).
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
 from fleet.errors import ConfigError
+from fleet.signals import ENDING
 from simulations.local_clients import SERVER_NODE_ID, LocalClients, identify, number_of, pack
 
 # How far workers may run ahead of the reply that is waited for, in replies a worker: so
@@ -75,9 +76,12 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._waiting: dict[str, Message] = {}  # id → message that no worker has
         self._done: dict[str, Message] = {}  # id → reply that nobody has asked for
+        self._frozen = False
 
     def ask(self, message: Message) -> None:
         """Take a message, and begin on it as soon as a worker is free."""
+        if not self._workers and self._context.get_start_method() == "fork":
+            self._freeze()
         while len(self._workers) < self._most:
             self._workers.append(self._start())
         self._waiting[message.metadata.message_id] = message
@@ -102,6 +106,19 @@ class WorkerPool:
             worker.connection.close()
         for worker in workers:
             _end(worker.process)
+        if self._frozen:
+            gc.unfreeze()
+            self._frozen = False
+
+    def _freeze(self) -> None:
+        """Leave what is there by now out of collections, which write to the pages of all objects.
+
+        Workers share these pages, until someone writes.
+        """
+        if not gc.get_freeze_count():  # else somebody has seen to it, and will undo it
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
 
     def _dispatch(self, wanted: Message | None = None) -> None:
         """Give free workers the next messages, the one that is waited for in any case."""
@@ -226,11 +243,13 @@ def _ending(exit_code: int | None) -> str:
 
 def _serve(clients: LocalClients, connection: Connection, not_ours: Sequence[Connection]) -> None:
     """A worker's life: answer messages until the run's process closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the run, which ends its workers
+    # A terminal tells its whole job of Ctrl-C and of its end; it is the run that ends its workers.
+    for number in set(ENDING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in not_ours:
         other.close()
-    gc.freeze()  # what was forked is never collected: looking at it would copy its pages
+    gc.freeze()  # as the run's own process did: what was forked is never collected
     torch.set_num_threads(1)
     identify(SERVER_NODE_ID)
     _reseed()

@@ -89,11 +89,10 @@ class Roster:
         """Every class that any client enrolled so far has images of, sorted by name."""
         return tuple(sorted({name for e in self._enrolled.values() for name in e.classes}))
 
-    def _checked(self, enrolment: Enrolment, online: Set[int]) -> Enrolment:
+    def _checked(self, enrolment: Enrolment, taken: Set[str]) -> Enrolment:
         """Two clients of one name would take each other's place unnoticed."""
         check_enrolment(enrolment)
-        names = {e.name for node, e in self._enrolled.items() if node in online}
-        if enrolment.name in names:
+        if enrolment.name in taken:
             raise UpdateError(
                 f"a second client calls itself {enrolment.name}; "
                 f"give every device a name of its own in its node configuration"
@@ -115,13 +114,15 @@ class Roster:
         replies = list(self._grid.send_and_receive(questions, timeout=timeout))
         # A reply may name any sender; which question it answers, it cannot choose.
         asked = {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
+        taken = {e.name for node, e in self._enrolled.items() if node in online}
         for reply in replies:
             node = asked.pop(reply.metadata.reply_to_message_id, None)
             try:
                 if reply.has_error():
                     raise UpdateError(str(reply.error.reason))
                 if node is not None:
-                    self._enrolled[node] = self._checked(_introduction(reply), online)
+                    self._enrolled[node] = self._checked(_introduction(reply), taken)
+                    taken.add(self._enrolled[node].name)
             except UpdateError as error:
                 self._turn_away(str(error)[-_MAX_REASON:])
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from fleet.errors import UpdateError
 
 _BYTES = 16
-_REMEMBERED = 100_000  # spent tokens that are still told from invented ones
+_REMEMBERED = 10_000  # spent tokens that are still told from invented ones
 
 
 class Tokens:

@@ -14,6 +14,8 @@ LONG_FILES = (
     "test_memory_limit.py",
     "test_flwr_run.py",
     "test_gate_fuzz.py",
+    "test_formats.py",
+    "test_killed_for_memory.py",
     "test_finetune.py",
     "test_inverted_residual.py",
     "test_dry_run.py",

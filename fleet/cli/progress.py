@@ -46,7 +46,8 @@ def show_progress(rounds: int, console: Console | None = None) -> Iterator[tuple
             course.end_round(report)
             left = course.seconds_left()
             more = f"; {duration(left)} left" if left and left >= 1 else ""
-            click.echo(round_line(report, rounds) + more, file=console.file)
+            with contextlib.suppress(OSError):  # a round that cannot be shown is none that failed
+                click.echo(round_line(report, rounds) + more, file=console.file)
 
         yield print_line, course.count
         return
@@ -55,7 +56,9 @@ def show_progress(rounds: int, console: Console | None = None) -> Iterator[tuple
         course.end_round(report)
         wide = console.width >= _NARROW
         line = round_line(report, rounds) if wide else _short_line(report, rounds)
-        with signals_held():  # rich prints a line twice whose printing is interrupted
+        # rich prints a line twice whose printing is interrupted. A terminal that is gone
+        # can be noticed here before the signal that says so.
+        with contextlib.suppress(OSError), signals_held():
             console.print(line, highlight=False, markup=False)
 
     # Where only standard error is a terminal, what is printed to the other stays there.

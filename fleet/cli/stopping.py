@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run with its record written; once more, and it ends at once."""
+"""Ctrl-C, SIGTERM and a closed terminal end a run with its record written; twice, and at once."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -14,6 +14,8 @@ import psutil
 
 from fleet.records import RunRecord
 from fleet.signals import ENDING
+
+_HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Stopped(KeyboardInterrupt):
@@ -64,8 +66,11 @@ def _signals_stop() -> Iterator[None]:
         yield
         return
     children: list[psutil.Process] = []
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def stop(number: int, frame: Any) -> None:
+        if number == _HANG_UP:
+            _silence(terminals)
         for each in before:
             signal.signal(each, end_at_once)
         # Now: what is ended first leaves its own children to nobody.
@@ -90,6 +95,14 @@ def _signals_stop() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _silence(terminals: Sequence[int]) -> None:
+    """Send what is still written to a terminal that is gone nowhere: it would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _children() -> list[psutil.Process]:

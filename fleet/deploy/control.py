@@ -19,11 +19,13 @@ class ControlError(FleetError):
 
     Attributes:
         refused: it answered, and would answer the same again; else it was not reached.
+        code: Flower's own; 0 if it gave none.
     """
 
-    def __init__(self, message: str, refused: bool) -> None:
+    def __init__(self, message: str, refused: bool, code: int = 0) -> None:
         super().__init__(message)
         self.refused = refused
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,13 @@ class Control:
     def run(self, run_id: int) -> FlowerRun | None:
         """A run by Flower's number; None if Flower does not know it."""
         from flwr.proto.control_pb2 import ListRunsRequest
+        from flwr.supercore.error import ApiErrorCode
 
         try:
             with _translated(f"show run {run_id}"):
                 listed = self._client.ListRuns(ListRunsRequest(run_id=run_id))
         except ControlError as error:
-            if error.refused:
+            if error.code == ApiErrorCode.RUN_ID_NOT_FOUND:
                 return None
             raise
         status = listed.run_dict[run_id].status
@@ -175,8 +178,11 @@ def _translated(what: str) -> Iterator[None]:
         reason = f"status {error.response.status_code}"
         if said is not None:
             reason = f"[code {said.code}] {said.message} {said.public_details or ''}".rstrip()
-        refused = error.response.status_code < 500
-        raise ControlError(f"the SuperLink did not {what}: {reason}", refused) from error
+        raise ControlError(
+            f"the SuperLink did not {what}: {reason}",
+            refused=error.response.status_code < 500,
+            code=said.code if said is not None else 0,
+        ) from error
     except (httpx.HTTPError, ValueError, OSError) as error:
         raise ControlError(
             f"the SuperLink did not {what}: {type(error).__name__}: {error}", refused=False

@@ -29,6 +29,7 @@ from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
 
 MOST_FRUITLESS = 3
+ASK_SECONDS = 3.0  # between two questions to Flower about a run that goes on
 PAUSE_SECONDS = 5.0  # before it is submitted again, twice as long each time
 
 _log = logging.getLogger(__name__)
@@ -99,10 +100,14 @@ class RunKeeper:
             if missing:
                 return replace(standing, reason=missing)
             return self._submit(name, wish, standing, control)
+        ended_well = Path(wish.run_dir, "summary.json").is_file()
+        if not ended_well and self._clock() < self._not_before.get(name, 0.0):
+            return standing
+        self._not_before[name] = self._clock() + ASK_SECONDS
         run = control.run(standing.flower_run)
         if run is not None and run.status != "finished":
             return standing
-        if Path(wish.run_dir, "summary.json").is_file():
+        if ended_well:
             return replace(standing, status=FINISHED, reason="")
         if run is not None and run.outcome == "stopped":
             return replace(standing, status=STOPPED, reason="it was stopped through Flower")

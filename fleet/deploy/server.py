@@ -19,6 +19,7 @@ from fleet.deploy import notify, private_files
 from fleet.deploy.addresses import Address, is_loopback
 from fleet.deploy.certificates import expiry
 from fleet.deploy.control import Control, ControlError
+from fleet.deploy.diagnosis import Diagnosis, last_error
 from fleet.deploy.flower_process import (
     SERVER_POLL_SECONDS,
     flower_environment,
@@ -29,7 +30,7 @@ from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import EXPIRES_SOON_DAYS, ServerFolder, days_left
 from fleet.deploy.registry import read_devices
 from fleet.deploy.run_keeper import RunKeeper
-from fleet.deploy.supervisor import Backoff, Child, Supervisor
+from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError, FleetError
 
@@ -147,9 +148,20 @@ def _children(options: ServerOptions) -> list[Child]:
         *verify,
     )
     return [
-        Child(SUPERLINK, lambda: superlink, environment, backoff=Backoff(first=0.2, most=15.0)),
-        Child(SUPEREXEC, lambda: superexec, environment, backoff=Backoff(first=0.2, most=15.0)),
+        Child(
+            name,
+            lambda command=command: command,
+            environment,
+            judge=_judge,
+            backoff=Backoff(first=0.2, most=15.0),
+        )
+        for name, command in ((SUPERLINK, superlink), (SUPEREXEC, superexec))
     ]
+
+
+def _judge(ending: Ending) -> Diagnosis | None:
+    """Why a process of Flower's ended: what it said last, unless it had no time to."""
+    return Diagnosis(last_error(ending.tail), pause=0.0) if ending.code >= 0 else None
 
 
 def _where(options: ServerOptions) -> str:

@@ -31,8 +31,10 @@ from fleet.mobiletl.stash import keep, restore
 PRECISIONS = CACHES[1:]
 SHARD_BYTES = 4 * 2**20  # at most, or one row: what is held back before it is written
 STALE_SECONDS = 3600  # after that, a file that was not finished never will be
+OPENED_SECONDS = 60  # a key that is in use is marked as opened no more often
 
 _ID_BYTES = 16
+_SETTLED_SECONDS = 1
 
 
 class FeatureCache:
@@ -237,6 +239,20 @@ class FeatureCache:
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        now, changed = time.time_ns(), opened_at(self._folder)
+        recently = now - changed < OPENED_SECONDS * 1e9
+        if recently and self._known.seen == (changed, self._max_bytes):
+            return
+        self._known.seen = None
+        self._read_shards()
+        if not recently:
+            os.utime(self._folder)
+        # What is written within a tick of the disk's clock does not show in the folder's time.
+        elif now - changed > _SETTLED_SECONDS * 1e9:
+            self._known.seen = changed, self._max_bytes
+
+    def _read_shards(self) -> None:
+        """Learn of shards that were written or went since, and clear up."""
         files = {folder: files_in(folder) for folder in folders_in(self._directory)}
         shards = {
             n: facts for n, facts in files.get(self._folder, {}).items() if n.endswith(".npy")
@@ -257,7 +273,6 @@ class FeatureCache:
                 with suppress(OSError):
                     shard.unlink()
                 _warn(f"feature cache: dropped {shard}, whose rows are made anew: {error}")
-        os.utime(self._folder)
         self._clean(files)
         if sum(size for names in files.values() for size, _ in names.values()) > self._max_bytes:
             self._make_room(0)  # the limit is lower than it was
@@ -347,15 +362,18 @@ class _Known:
         rows: id → shard, and where in it the row starts.
         shards: name → bytes, and when it was written, in nanoseconds.
         number: of the newest shard.
+        seen: when the folder changed last, in nanoseconds, and the limit, if nothing is new
+            for as long as both stay.
     """
 
     rows: dict[bytes, tuple[Path, int]] = field(default_factory=dict)
     shards: dict[str, tuple[int, int]] = field(default_factory=dict)
     number: int = 0
+    seen: tuple[int, int] | None = None
 
 
 # A simulation opens a key for each client and round: what others have written since is
-# read, not all that there is.
+# read, not all that there is, and the folder is looked through only if it has changed.
 @lru_cache(maxsize=4)
 def _known_of(folder: Path, dtype: np.dtype) -> _Known:
     return _Known()

@@ -136,15 +136,13 @@ class FeatureSource:
         config = self._config
         if config is None or config.cache == "off" or not self._model.freezes_blocks:
             return nullcontext()
-        key, shape = self._key_and_shape
+        shape = self._model.features_shape(self._preprocessing.image_size)
         limit = round(config.cache_mib * 2**20)
-        return FeatureCache(cache_directory(config), key, shape, config.cache, limit)
+        return FeatureCache(cache_directory(config), self._key, shape, config.cache, limit)
 
     @cached_property
-    def _key_and_shape(self) -> tuple[str, tuple[int, ...]]:
-        size = self._preprocessing.image_size
-        probe = self._model.features(torch.zeros(1, 3, size, size, device=self._device))
-        return features_key(self._model, self._preprocessing), tuple(probe.shape[1:])
+    def _key(self) -> str:
+        return features_key(self._model, self._preprocessing)
 
 
 def run_in_parts(model: TransferModel, length: int, images: Callable[[slice], Tensor]) -> Tensor:

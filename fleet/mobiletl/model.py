@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,6 +83,7 @@ class TransferModel(nn.Module):
         *parts, self._head = parts_of(self._trained)
         top = _frozen_tail(parts) if self.stash != "published" else len(parts)
         self._parts, self._tail = tuple(parts[:top]), tuple(parts[top:])
+        self._shapes: dict[int, tuple[int, ...]] = {}  # image size → of one image's features
 
     def train(self, mode: bool = True) -> "TransferModel":
         """Training mode readies what the plan trains and nothing else."""
@@ -103,6 +105,14 @@ class TransferModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Output (N, …) of the frozen half for images (N, 3, S, S); at cut 0 the images."""
         return run_prefix(self._prefix, images)
+
+    def features_shape(self, image_size: int) -> tuple[int, ...]:
+        """(C, H, W) or (C,) of one image's features; found by a run, once for each size."""
+        if image_size not in self._shapes:
+            device = next(self.parameters()).device
+            probe = self.features(torch.zeros(1, 3, image_size, image_size, device=device))
+            self._shapes[image_size] = tuple(probe.shape[1:])
+        return self._shapes[image_size]
 
     def from_features(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of what `features` returned."""

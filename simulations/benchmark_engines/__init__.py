@@ -2,8 +2,9 @@
 
 python -m simulations.benchmark_engines --venvs FOLDER > simulations/results/engines.md
 
-One small job (`jobs/small_task.py`), the same steps on every engine, each run in a fresh
-process, one engine after the other and all of that several times. BlazeFL and pfl-research
+One small job (`jobs/small_task.py`; `--job mobilenet`: `jobs/mobilenet_task.py`, ours and Flower's
+alone), the same steps on every engine, each run in a fresh process, one engine after the other and
+all of that several times. BlazeFL and pfl-research
 have virtual environments of their own, FOLDER/blazefl and FOLDER/pfl, made from
 `requirements-blazefl.txt` and `requirements-pfl.txt`; without them their lines are left out.
 """

@@ -9,29 +9,36 @@ import click
 
 from fleet.measure.comparison import commit
 from fleet.report import Grid, as_markdown
-from simulations.benchmark_engines.measure import Cost, Engine, engines, run_job
+from simulations.benchmark_engines.measure import JOBS, Cost, Engine, Job, engines, run_job
+
+_MIB = 2**20
 
 NOTE = (
     "Medians of {repeats} interleaved runs, in brackets the lowest and the highest. Start: from "
     "the start of the process to the end of round 1, less the imports of PyTorch and Flower. CPU: "
-    "of all processes, a round, rounds 6 to 45. Ratios are of one repeat's runs, beside each other "
-    "in time. Loss: of the last network over all images; the same steps give the same."
+    "of all processes, a round, rounds {first} to {last}. Ratios are of one repeat's runs, beside "
+    "each other in time. Peak: the most that all processes were seen to hold at once, five times a "
+    "second, shared pages counted once. Loss: of the last network over all images; the same steps "
+    "give the same."
 )
 
 
 @click.command()
+@click.option("--job", "name", type=click.Choice(list(JOBS)), default="small", show_default=True)
 @click.option("--venvs", type=click.Path(path_type=Path), help="Where BlazeFL's and pfl's are.")
 @click.option("--repeats", default=3, show_default=True)
-def main(venvs: Path | None, repeats: int) -> None:
-    """Run the small job on every engine in turn, and print the table."""
-    known = engines(venvs)
+def main(name: str, venvs: Path | None, repeats: int) -> None:
+    """Run a job on every engine in turn, and print the table."""
+    job = JOBS[name]
+    known = engines(venvs, job)
     costs: dict[str, list[Cost]] = {engine.name: [] for engine in known}
     for _ in range(repeats):
         for engine in known:
-            costs[engine.name].append(run_job(engine))
+            costs[engine.name].append(run_job(engine, job.rounds))
             click.echo(f"{engine.name}: {costs[engine.name][-1]}", err=True)
-    click.echo("    python -m simulations.benchmark_engines --venvs FOLDER\n")
-    click.echo(as_markdown(table(known, costs)).replace("## ", "### ", 1))
+    more = " --venvs FOLDER" if venvs else ""
+    click.echo(f"    python -m simulations.benchmark_engines --job {name}{more}\n")
+    click.echo(as_markdown(table(known, costs, job)).replace("## ", "### ", 1))
     versions = {key: v for of in costs.values() for key, v in of[0].versions.items()}
     named = ", ".join(f"{key} {value}" for key, value in sorted(versions.items()))
     load = os.getloadavg()[2]
@@ -41,7 +48,7 @@ def main(venvs: Path | None, repeats: int) -> None:
     )
 
 
-def table(known: list[Engine], costs: dict[str, list[Cost]]) -> Grid:
+def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
     """A line an engine, beside the plain loop and beside ours."""
     loop, ours = costs["plain loop"], costs["ours"]
     rows = []
@@ -66,6 +73,7 @@ def table(known: list[Engine], costs: dict[str, list[Cost]]) -> Grid:
                     [cost.cpu_seconds / o.cpu_seconds for cost, o in zip(own, ours, strict=True)], 2
                 ),
                 _spread([1000 * cost.seconds for cost in own], 0),
+                _spread([cost.peak_bytes / _MIB for cost in own], 0),
                 f"{own[0].result:.6f}",
             )
         )
@@ -77,10 +85,12 @@ def table(known: list[Engine], costs: dict[str, list[Cost]]) -> Grid:
         "CPU ÷ loop",
         "CPU ÷ ours",
         "wall ms a round",
+        "peak MiB",
         "loss",
     )
-    title = "62,006 parameters, 100 clients × 50 images, 10 a round, batch 10"
-    return Grid(title, columns, rows, NOTE.format(repeats=len(loop)), named=True)
+    _, warm, last = job.rounds
+    note = NOTE.format(repeats=len(loop), first=warm + 1, last=last)
+    return Grid(job.title, columns, rows, note, named=True)
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -1,4 +1,4 @@
-"""Runs of the small job, each in a fresh process, and what they used up."""
+"""Runs of a job, each in a fresh process, and what they used up."""
 
 import json
 import os
@@ -6,19 +6,49 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleet.errors import ConfigError
+from simulations.footprint import watching
 
 _JOBS = Path(__file__).parent / "jobs"
 _ROOT = Path(__file__).parents[2]
-FIRST, WARM, LAST = 1, 5, 45  # rounds at whose ends a job is looked at
+_PERIOD_SECONDS = 0.2  # between two looks at memory
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all engines do.
+
+    Attributes:
+        title: its size.
+        task: module in `jobs/`.
+        rounds: at whose ends it is looked at; between the last two it is in its steady state.
+    """
+
+    title: str
+    task: str
+    rounds: tuple[int, int, int]
+
+
+JOBS = {
+    "small": Job(
+        "62,006 parameters, 100 clients × 50 images, 10 a round, batch 10",
+        "small_task",
+        (1, 5, 45),
+    ),
+    "mobilenet": Job(
+        "MobileNetV2, 2,236,682 parameters, 20 clients × 8 images of 32 px, 5 a round, batch 4",
+        "mobilenet_task",
+        (1, 3, 23),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to run the job.
+    """A way to run a job.
 
     Attributes:
         name: as the table shows it.
@@ -42,6 +72,8 @@ class Cost:
         seconds: a round in the steady state, by the clock.
         result: loss of the last network over all images.
         versions: of what it ran on.
+        peak_bytes: the most that all its processes were seen to hold at once; shared pages count
+            once.
     """
 
     start_seconds: float
@@ -49,15 +81,18 @@ class Cost:
     seconds: float
     result: float
     versions: Mapping[str, str]
+    peak_bytes: int = 0
 
 
-def engines(venvs: Path | None) -> list[Engine]:
-    """Those that can be run here; the plain loop first."""
+def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
+    """Those that can run a job here; the plain loop first."""
     found = [
-        Engine("plain loop", sys.executable, ("loop_job.py",)),
-        Engine("ours", sys.executable, ("flower_job.py", "local")),
-        Engine("Flower's (Ray)", sys.executable, ("flower_job.py", "flower")),
+        Engine("plain loop", sys.executable, ("loop_job.py", job.task)),
+        Engine("ours", sys.executable, ("flower_job.py", job.task, "local")),
+        Engine("Flower's (Ray)", sys.executable, ("flower_job.py", job.task, "flower")),
     ]
+    if job != JOBS["small"]:  # the others' jobs know no other task
+        return found
     for name, venv, words in (
         ("BlazeFL, serial", "blazefl", ("blazefl_job.py", "serial")),
         ("BlazeFL, two threads", "blazefl", ("blazefl_job.py", "threads")),
@@ -69,7 +104,7 @@ def engines(venvs: Path | None) -> list[Engine]:
     return found
 
 
-def run_job(engine: Engine, rounds: Sequence[int] = (FIRST, WARM, LAST)) -> Cost:
+def run_job(engine: Engine, rounds: Sequence[int] = JOBS["small"].rounds) -> Cost:
     """One run in a process of its own.
 
     Raises:
@@ -78,17 +113,20 @@ def run_job(engine: Engine, rounds: Sequence[int] = (FIRST, WARM, LAST)) -> Cost
     script, *rest = engine.words
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     started = time.time()
-    done = subprocess.run(
+    run = subprocess.Popen(
         [engine.python, str(_JOBS / script), str(started), ",".join(map(str, rounds)), *rest],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    if done.returncode or not lines:
-        raise ConfigError(f"{engine.name} failed: {(done.stderr or done.stdout)[-1500:]}")
-    return read_cost(json.loads(lines[-1].removeprefix("REPORT ")))
+    with watching(run.pid, _PERIOD_SECONDS) as peak:
+        stdout, stderr = run.communicate()
+    lines = [line for line in stdout.splitlines() if line.startswith("REPORT ")]
+    if run.returncode or not lines:
+        raise ConfigError(f"{engine.name} failed: {(stderr or stdout)[-1500:]}")
+    return replace(read_cost(json.loads(lines[-1].removeprefix("REPORT "))), peak_bytes=peak.pss)
 
 
 def read_cost(report: Mapping) -> Cost:

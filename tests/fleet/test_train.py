@@ -185,6 +185,25 @@ def test_gradient_that_is_not_finite_does_not_reach_its_parameter_nor_any_below(
     assert moved <= {"model.classifier.3.bias"}
 
 
+def test_every_step_may_be_held_up_or_ended(make_model, digits):
+    """A hook before each step changes nothing, and what it raises ends the training."""
+    calls = []
+    results = []
+    for hook in (lambda: None, lambda: calls.append(1)):
+        model, preprocessing = make_model()
+        train_locally(model, digits, preprocessing, config(batch_size=16), 0, before_step=hook)
+        results.append(model)
+    assert len(calls) == config().epochs * -(-len(digits) // 16)
+    assert states_equal(*results)
+
+    def too_hot():
+        raise ConfigError("too hot")
+
+    model, preprocessing = make_model()
+    with pytest.raises(ConfigError, match="too hot"):
+        train_locally(model, digits, preprocessing, config(), 0, before_step=too_hot)
+
+
 def test_every_epoch_is_told_of(make_model, digits):
     model, preprocessing = make_model()
     told = []

@@ -4,7 +4,7 @@ import pytest
 
 from fleet.errors import ConfigError
 from simulations.benchmark_engines.__main__ import table
-from simulations.benchmark_engines.measure import Cost, Engine, engines, read_cost, run_job
+from simulations.benchmark_engines.measure import JOBS, Cost, Engine, engines, read_cost, run_job
 
 
 def test_our_engine_computes_what_the_plain_loop_does():
@@ -12,6 +12,22 @@ def test_our_engine_computes_what_the_plain_loop_does():
     assert loop.result == ours.result
     assert loop.result < 1  # of ten classes unlearned: 2.30
     assert loop.cpu_seconds > 0 and ours.start_seconds > 0
+    assert min(loop.peak_bytes, ours.peak_bytes) > 2**26  # PyTorch alone takes more
+
+
+def test_our_engine_computes_what_the_plain_loop_does_with_mobilenet_too():
+    job = JOBS["mobilenet"]
+    loop, ours = (run_job(engine, (1, 2, 4)) for engine in engines(None, job)[:2])
+    assert loop.result == pytest.approx(ours.result, rel=1e-6)
+    assert loop.peak_bytes > 2**26
+
+
+def test_jobs_of_other_engines_are_the_small_one_alone(tmp_path):
+    for name in ("blazefl", "pfl"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").touch()
+    assert len(engines(tmp_path)) == 6
+    assert len(engines(tmp_path, JOBS["mobilenet"])) == 3
 
 
 def test_a_cost_is_of_the_rounds_between_two_looks():
@@ -35,7 +51,9 @@ def test_ratios_are_of_runs_beside_each_other():
         return [Cost(1.0, each, 1.0, 0.5, {}) for each in cpu]
 
     known = [Engine(name, "", ()) for name in ("plain loop", "ours")]
-    grid = table(known, {"plain loop": costs(1.0, 2.0, 4.0), "ours": costs(1.1, 2.4, 4.0)})
+    grid = table(
+        known, {"plain loop": costs(1.0, 2.0, 4.0), "ours": costs(1.1, 2.4, 4.0)}, JOBS["small"]
+    )
     assert grid.rows[1][4] == "1.10 (1.00–1.20)"
     assert grid.rows[0][5] == "0.91 (0.83–1.00)"
 

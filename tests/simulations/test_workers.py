@@ -1,4 +1,5 @@
 import faulthandler
+import gc
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fleet.errors import ConfigError
 from fleet.message import read_metrics, write_metrics
+from simulations.footprint import footprint
 from simulations.local_clients import LocalClients
 from simulations.local_engine import LocalGrid
 from simulations.workers import WorkerPool, read_workers
@@ -88,6 +90,30 @@ def test_workers_are_kept_from_round_to_round_and_end_with_the_grid(grid_of):
     assert seen <= ours and len(ours) == 3
     grid.close()
     assert children() == before
+
+
+def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of):
+    objects = [[i] for i in range(400_000)]  # a collection writes to the head of each
+    grid = grid_of(lambda message, context: {"answer": 1})
+    grid.send_and_receive(questions(grid))
+    before = footprint()
+    gc.collect()
+    assert before.processes >= 3
+    assert footprint().anonymous - before.anonymous < len(objects) * 16 < 2**24
+    grid.close()
+    assert not gc.get_freeze_count()
+
+
+def test_what_somebody_else_has_frozen_stays_so(grid_of):
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        grid = grid_of(lambda message, context: {"answer": 1})
+        grid.send_and_receive(questions(grid))
+        grid.close()
+        assert gc.get_freeze_count() == count > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_there_are_never_more_workers_than_clients(grid_of):

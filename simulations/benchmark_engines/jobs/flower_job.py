@@ -1,34 +1,35 @@
-"""The small job as a Flower app, on the engine that is named: `local` or `flower`."""
+"""A job as a Flower app: the task that is named, on the engine, `local` or `flower`."""
 
 import logging
+from importlib import import_module
 from importlib.metadata import version
 
 from marks import Marks
 
 
-def run(marks: Marks, engine: str) -> float:
+def run(marks: Marks, task_name: str, engine: str) -> float:
     """Train, and return the loss of the last network."""
     import torch
-    from small_app import client_app, server_app
-    from small_task import CLIENTS, loss_over_all
+    from app import client_app, server_app
 
+    task = import_module(task_name)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     nets: list[torch.nn.Module] = []
-    server = server_app(marks.last, marks.note, nets.append)
+    server = server_app(task, marks.last, marks.note, nets.append)
     if engine == "local":
         from simulations.local_engine import run_local
 
-        run_local(server, client_app, {}, CLIENTS)
+        run_local(server, client_app, {}, task.CLIENTS)
     else:
         from flwr.simulation import run_simulation
 
         # A core a client, as many at a time as there are cores.
         run_simulation(
-            server, client_app, CLIENTS, backend_config={"client_resources": {"num_cpus": 1}}
+            server, client_app, task.CLIENTS, backend_config={"client_resources": {"num_cpus": 1}}
         )
     (net,) = nets
     torch.set_num_threads(1)
-    return loss_over_all(net)
+    return task.loss_over_all(net)
 
 
 def _load_flower() -> None:
@@ -41,5 +42,5 @@ if __name__ == "__main__":
     marks = Marks()
     marks.imported("torch", lambda: __import__("torch"))
     marks.imported("flwr", _load_flower)
-    loss = run(marks, marks.rest[0])
+    loss = run(marks, *marks.rest)
     marks.report(loss, {name: version(name) for name in ("torch", "flwr", "ray")})

@@ -187,3 +187,28 @@ def test_what_is_logged_or_warned_meanwhile_stands_above_the_display(monkeypatch
     assert stream.getvalue() == "afterwards\n"
     logger.removeHandler(early)
     late_logger.removeHandler(late)
+
+
+class Paper(io.StringIO):
+    """What is written to, until it runs out."""
+
+    out = False
+
+    def write(self, text):
+        if self.out:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_round_that_cannot_be_shown_is_passed_over(is_terminal):
+    console = Console(
+        file=Paper(), force_terminal=is_terminal, width=120, _environ={"TERM": "xterm"}
+    )
+    with show_progress(3, console) as (on_round, _):
+        on_round(report(1))
+        console.file.out = True
+        on_round(report(2))
+        console.file.out = False
+        on_round(report(3))
+    assert "round 1/3" in console.file.getvalue() and "round 3/3" in console.file.getvalue()

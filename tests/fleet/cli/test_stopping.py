@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fleet.cli import main
 from fleet.cli.simulate import _beside_config
 from fleet.records import RunRecord
+from fleet.signals import ENDING
 
 SMALL = (
     *("--clients", "2", "--train-examples", "60", "--test-examples", "30", "--image-size", "32"),
@@ -57,7 +58,7 @@ def check_record(run_dir, tmp_path):
     return last
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
     run_dir = tmp_path / "run"
     run = subprocess.Popen(
@@ -105,6 +106,39 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
     check_record(run_dir, tmp_path)
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, workers):
+    run_dir = tmp_path / "run"
+    environment = os.environ | {"TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    terminal = pexpect.spawn(
+        FLEET[0],
+        [*FLEET[1:], "simulate", *SMALL, "--workers", workers, "--run-dir", str(run_dir)],
+        env=environment,
+        encoding="utf-8",
+        timeout=200,
+    )
+    terminal.expect(r"round 2/500")
+    family = psutil.Process(terminal.pid).children(recursive=True)
+    os.close(terminal.child_fd)
+    assert terminal.ptyproc.wait() == 128 + signal.SIGHUP
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    check_record(run_dir, tmp_path)
+
+
+def test_a_run_whose_terminal_may_go_goes_on(tmp_path):
+    run_dir = tmp_path / "run"
+    run = subprocess.Popen(
+        ["nohup", *FLEET, "simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: rounds_on_record(run_dir) > 2)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=100) == 0
+    assert RunRecord(run_dir).summary()["rounds"] == 8
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -134,7 +168,7 @@ with stopping(RunRecord.reserve(sys.argv[1]), ""):
 """
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_ends_the_run_and_its_children_at_once(tmp_path, second):
     run = subprocess.Popen(
         [sys.executable, "-c", HEAR + STUBBORN, str(tmp_path / "run")],
@@ -223,6 +257,6 @@ def test_ctrl_c_before_anything_is_written_says_so(interrupted, tmp_path):
 
 
 def test_handlers_are_as_before_once_a_command_has_ended(interrupted, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in ENDING]
     interrupted(tmp_path / "run", create=True)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in ENDING] == before

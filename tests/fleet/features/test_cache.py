@@ -355,6 +355,7 @@ def test_a_flipped_byte_never_gives_a_wrong_row(precision, tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= int(rng.integers(1, 256))
         shard.write_bytes(damaged)
+        forget_what_was_read()
         there = right_rows(open_cache(tmp_path, precision=precision), range(5))
         assert there == 4 if position >= rows_start else there in (0, 5)
 
@@ -365,6 +366,7 @@ def test_damage_after_opening_never_gives_a_wrong_row(tmp_path):
     whole = shard.read_bytes()
     rows_start = len(whole) - 5 * ROW_BYTES["float16"]
     for position in range(rows_start, len(whole), 7):
+        forget_what_was_read()
         cache = open_cache(tmp_path)
         assert right_rows(cache, range(5)) == 5
         damaged = bytearray(whole)
@@ -764,6 +766,7 @@ def test_a_directory_that_cannot_be_made_stores_nothing(fault, warned, monkeypat
 
 def test_a_read_only_cache_can_be_read(warned, monkeypatch, tmp_path):
     fill(tmp_path, range(4))
+    os.utime(shards(tmp_path)[0].parent, (0, 0))
     monkeypatch.setattr(os, "utime", failing(errno.EROFS))
     monkeypatch.setattr(Path, "unlink", failing(errno.EROFS))
     cache = fill(tmp_path, range(8))
@@ -852,6 +855,41 @@ def test_a_key_that_is_opened_again_reads_only_what_others_wrote_since(
     for _ in range(5):
         assert right_rows(open_cache(tmp_path), range(20)) == 20
     assert mapped == shards(tmp_path)[3:]
+
+
+def test_a_folder_that_has_not_changed_is_not_looked_through_again(
+    small_shards, monkeypatch, tmp_path
+):
+    fill(tmp_path, range(12))
+    looked, files_in = [], feature_cache.files_in
+    monkeypatch.setattr(
+        feature_cache, "files_in", lambda folder: (looked.append(folder), files_in(folder))[1]
+    )
+    folder = shards(tmp_path)[0].parent
+    changed = time.time() - 10  # what was written a moment ago may not be all
+    os.utime(folder, (changed, changed))
+    for _ in range(5):
+        assert right_rows(open_cache(tmp_path), range(12)) == 12
+    assert len(looked) == 1
+    shards(tmp_path)[0].unlink()
+    assert [len(open_cache(tmp_path)) for _ in range(5)] == [8] * 5
+    assert len(looked) == 6
+    os.utime(folder, (changed, changed))
+    assert [len(open_cache(tmp_path)) for _ in range(5)] == [8] * 5
+    assert len(looked) == 7
+    open_cache(tmp_path, max_bytes=PLENTY - 1)  # another limit may call for room
+    assert len(looked) == 8
+
+
+def test_a_key_in_use_is_marked_as_opened_once_a_minute(tmp_path):
+    fill(tmp_path, range(4))
+    folder = shards(tmp_path)[0].parent
+    for age, marked in ((feature_cache.OPENED_SECONDS - 10, False), (3600, True)):
+        opened = time.time() - age
+        os.utime(folder, (opened, opened))
+        for _ in range(3):
+            open_cache(tmp_path)
+        assert (folder.stat().st_mtime > opened + 5) == marked
 
 
 def test_shards_that_went_meanwhile_are_known_to_be_gone(small_shards, tmp_path):

@@ -1,34 +1,38 @@
-"""The small job as a Flower app: Flower's FedAvg, the same on either engine.
+"""A job as a Flower app: Flower's FedAvg, the same on either engine.
 
-The server names the client in the message, and averages in that order: Flower's own engine
+The server names task and client in the message, and averages in that order: Flower's own engine
 draws node ids at random and hands over replies as they come.
 """
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import sample_nodes
-from small_task import CLIENTS, IMAGES, SAMPLED, SmallNet, cohort, initial_net, train
+from torch import nn
 
 client_app = ClientApp()
 
 
 @cache
-def _net() -> SmallNet:
+def _net(task: ModuleType) -> nn.Module:
     """Built once a process."""
-    return SmallNet()
+    return task.initial_net()
 
 
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
-    net, client = _net(), message.content["config"]["client"]
+    config = message.content["config"]
+    task, client = import_module(config["task"]), config["client"]
+    net = _net(task)
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    train(net, client)
-    metrics = MetricRecord({"num-examples": IMAGES, "client": client})
+    task.train(net, client)
+    metrics = MetricRecord({"num-examples": task.IMAGES, "client": client})
     content = RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics})
     return Message(content, reply_to=message)
 
@@ -36,22 +40,29 @@ def _train(message: Message, context: Context) -> Message:
 class _SameCohorts(FedAvg):
     """FedAvg whose cohorts and order of summing depend on the round alone."""
 
-    def __init__(self, on_round: Callable[[int], None]) -> None:
-        super().__init__(fraction_evaluate=0.0, min_available_nodes=CLIENTS)
+    def __init__(self, task: ModuleType, on_round: Callable[[int], None]) -> None:
+        super().__init__(fraction_evaluate=0.0, min_available_nodes=task.CLIENTS)
+        self._task = task
         self._on_round = on_round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        _, nodes = sample_nodes(grid, CLIENTS, SAMPLED)
+        task = self._task
+        _, nodes = sample_nodes(grid, task.CLIENTS, task.SAMPLED)
         nodes = sorted(nodes)
         return [
             Message(
-                RecordDict({"arrays": arrays, "config": ConfigRecord({"client": client})}),
+                RecordDict(
+                    {
+                        "arrays": arrays,
+                        "config": ConfigRecord({"task": task.__name__, "client": client}),
+                    }
+                ),
                 nodes[client],
                 "train",
             )
-            for client in cohort(server_round)
+            for client in task.cohort(server_round)
         ]
 
     def aggregate_train(
@@ -72,16 +83,19 @@ class _SameCohorts(FedAvg):
 
 
 def server_app(
-    rounds: int, on_round: Callable[[int], None], on_end: Callable[[SmallNet], None]
+    task: ModuleType,
+    rounds: int,
+    on_round: Callable[[int], None],
+    on_end: Callable[[nn.Module], None],
 ) -> ServerApp:
     """A ServerApp of so many rounds that tells of the end of each, and of the last network."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        net = initial_net()
+        net = task.initial_net()
         arrays = ArrayRecord(net.state_dict())
-        result = _SameCohorts(on_round).start(grid, arrays, num_rounds=rounds)
+        result = _SameCohorts(task, on_round).start(grid, arrays, num_rounds=rounds)
         net.load_state_dict(result.arrays.to_torch_state_dict())
         on_end(net)
 

@@ -1,0 +1,240 @@
+"""What a real fleet costs on one machine: time of a round beside training, memory of a client.
+
+python -m simulations.benchmark_deployment --out deployment.md
+
+`fleet provision`, `fleet server`, three `fleet client`s and `fleet run`, over TLS with
+keys, each in a process of its own, as on three devices and a server. First rounds of
+next to no training: what they take is the fleet's own. Then one device is looked at
+while it trains by MobileTL and by the full model.
+"""
+
+import contextlib
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+import psutil
+from PIL import Image
+
+from fleet.config import Value
+from fleet.measure.comparison import commit
+from fleet.records import RoundReport, RunRecord
+from fleet.report import Grid, as_markdown
+from simulations.footprint import footprint, watching
+
+MIB = 2**20
+DEVICES = ("pi-01", "pi-02", "pi-03")
+START_SECONDS, RUN_SECONDS = 300.0, 1800.0
+_LOOK_SECONDS = 0.1
+
+SHORT: Mapping[str, Value] = {
+    "image-size": 32,
+    "blocks": "1",
+    "batch-size": 8,
+    "local-epochs": 1,
+    "rounds": 8,
+}
+# As a device would train for real.
+LONG: Mapping[str, Value] = {"image-size": 128, "batch-size": 16, "local-epochs": 1, "rounds": 2}
+METHODS: Mapping[str, Mapping[str, Value]] = {
+    "mobiletl, k = 3": {"method": "mobiletl", "blocks": "3"},
+    "full": {"method": "full"},
+}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A server and its clients, running.
+
+    Attributes:
+        folder: of all they write.
+        clients: device → its `fleet client`.
+    """
+
+    folder: Path
+    clients: Mapping[str, psutil.Process]
+
+    def run(self, name: str, settings: Mapping[str, Value]) -> list[RoundReport]:
+        """All rounds of a run after round 0."""
+        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        with (self.folder / f"run-{name}.log").open("wb") as log:
+            subprocess.run(
+                _command("run", "--dir", self.folder / "server", "--name", name, *arguments),
+                stdout=log,
+                stderr=log,
+                timeout=RUN_SECONDS,
+                check=True,
+            )
+        return list(RunRecord(self.folder / "server" / "runs" / name).rounds())[1:]
+
+
+@contextlib.contextmanager
+def running(folder: Path, cold: bool) -> Iterator[Fleet]:
+    """A fleet on loopback, until the block ends."""
+    port = _free_port()
+    names = [*DEVICES]
+    subprocess.run(
+        _command(
+            *("provision", "--host", f"127.0.0.1:{port}", "--devices", *names, "--out", folder)
+        ),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    started = [_start(folder, "server", "--dir", folder / "server", "--host", "127.0.0.1")]
+    try:
+        for name in names:
+            _write_images(folder / f"{name}-images", seed=int(name[-2:]))
+            started.append(
+                _start(
+                    *(folder, "client", "--bundle", folder / f"{name}.tar.gz"),
+                    *("--data", folder / f"{name}-images", "--state", folder / f"{name}-state"),
+                    *("--budget-mib", "off", *(["--cold"] if cold else [])),
+                    log=name,
+                )
+            )
+        _wait(
+            "all devices registered",
+            lambda: all(f"{n} may take part" in _log(folder, "server") for n in names),
+        )
+        clients = (psutil.Process(process.pid) for process in started[1:])
+        yield Fleet(folder, dict(zip(names, clients, strict=True)))
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(60)
+
+
+def time_rounds(fleet: Fleet) -> tuple[float, float]:
+    """Seconds of a round beyond its slowest client's training: median and most."""
+    rounds = fleet.run("short", _all_take_part(SHORT))[1:]  # the first one loads the model
+    beyond = [report.seconds - max(c.seconds for c in report.clients) for report in rounds]
+    return median(beyond), max(beyond)
+
+
+def memory_of(fleet: Fleet, device: str) -> tuple[int, dict[str, int]]:
+    """Bytes (PSS) that a client's processes hold while idle, and at most while each method trains.
+
+    Idle is a device that has taken part: its libraries are loaded, its model is not.
+    """
+    process = fleet.clients[device]
+    idle = footprint(process.pid).pss
+    peaks = {}
+    for name, settings in METHODS.items():
+        with watching(process.pid, _LOOK_SECONDS) as peak:
+            fleet.run(name.partition(",")[0], _all_take_part(LONG | settings))
+        peaks[name] = peak.pss
+    return idle, peaks
+
+
+def _all_take_part(settings: Mapping[str, Value]) -> dict[str, Value]:
+    more = {"min-clients": len(DEVICES), "evaluation": "server", "test-examples": 20}
+    return {**settings, **more, "data": "digits", "cache": "off"}
+
+
+def _write_images(folder: Path, seed: int, count: int = 4) -> None:
+    """A few images of each of ten classes; what they show does not matter here."""
+    rng = np.random.default_rng(seed)
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / str(label) / f"{i}.png")
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fleet.cli", *map(str, arguments)]
+
+
+def _start(folder: Path, command: str, *arguments: object, log: str = "") -> subprocess.Popen:
+    with (folder / f"{log or command}.log").open("wb") as output:
+        return subprocess.Popen(
+            _command(command, *arguments),
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def _log(folder: Path, name: str) -> str:
+    return (folder / f"{name}.log").read_text(errors="replace")
+
+
+def _wait(what: str, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {START_SECONDS:.0f} s: {what}")
+        time.sleep(0.2)
+
+
+def _free_port() -> int:
+    """Below those that Linux gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown; else it is printed.")
+def main(out: Path | None) -> None:
+    """Measure a fleet whose devices start warm, and its rounds with devices that start cold."""
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder, running(Path(folder), False) as f:
+        warm = time_rounds(f)
+        idle, peaks = memory_of(f, DEVICES[0])
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder, running(Path(folder), True) as f:
+        cold = time_rounds(f)
+        idle_cold = footprint(f.clients[DEVICES[0]].pid).pss
+    least = min(peaks.values()) - idle
+    rounds = Grid(
+        title="Seconds of a round beside training",
+        columns=("clients", "median", "most", "idle client, MiB"),
+        rows=(
+            ("warm", f"{warm[0]:.1f}", f"{warm[1]:.1f}", f"{idle / MIB:.0f}"),
+            ("cold", f"{cold[0]:.1f}", f"{cold[1]:.1f}", f"{idle_cold / MIB:.0f}"),
+        ),
+    )
+    memory = Grid(
+        title="Memory of a client, warm",
+        columns=("training", "most, MiB", "beyond the idle client, MiB", "÷ least"),
+        rows=tuple(
+            (
+                name,
+                f"{peak / MIB:.0f}",
+                f"{(peak - idle) / MIB:.0f}",
+                f"{(peak - idle) / least:.1f}",
+            )
+            for name, peak in peaks.items()
+        ),
+    )
+    text = "\n\n".join(
+        [
+            "# A fleet on real processes",
+            __doc__.split("\n\n", 1)[1].strip(),
+            as_markdown(rounds).strip(),
+            as_markdown(memory).strip(),
+            f"Three clients on one machine, TLS, device keys; PSS of all processes of a client. "
+            f"Commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, load of the last "
+            f"minute {os.getloadavg()[0]:.1f}.",
+        ]
+    )
+    if out is None:
+        click.echo(text)
+    else:
+        out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
