@@ -9,10 +9,15 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import psutil
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fleet.records import RunRecord
 
 HOST = "127.0.0.1"
 
@@ -75,6 +80,10 @@ class Processes:
                 stderr=subprocess.STDOUT,
             )
 
+    def fleet(self, name: str, command: str, *arguments: object) -> None:
+        """Start a command of the project's, as one user on one machine."""
+        self.start(name, "user", "fleet", command, *arguments)
+
     def process(self, name: str) -> psutil.Process:
         """A process that was started."""
         return psutil.Process(self._started[name].pid)
@@ -94,6 +103,18 @@ class Processes:
             for name in self._started
         )
 
+    def supernode_log(self, state: str) -> str:
+        """What Flower's SuperNode of a client has printed, whose state is in a folder."""
+        path = self.folder / state / "logs" / "supernode.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def all_logs(self) -> str:
+        """What the commands printed, and what Flower did."""
+        logs = [self.logs()]
+        for path in sorted(self.folder.rglob("logs/*.log")):
+            logs.append(f"----- {path}\n{path.read_text(errors='replace')[-4000:]}")
+        return "\n".join(logs)
+
     def wait(self, what: str, condition: Callable[[], object], seconds: float) -> None:
         """Poll until a condition holds; after `seconds` fail with all logs."""
         deadline = time.monotonic() + seconds
@@ -109,6 +130,15 @@ class Processes:
         self.wait(f"end of {name}", lambda: self.exit_code(name) is not None, seconds)
         if code := self.exit_code(name):
             raise AssertionError(f"{name} failed with exit code {code}\n{self.logs()}")
+
+    def kill(self, name: str) -> None:
+        """End a process and all that it started, as a power cut does: without a goodbye."""
+        parent = self.process(name)
+        family = [parent, *parent.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=20)
 
     def stop(self) -> None:
         """End every process and what it started."""
@@ -126,6 +156,29 @@ class Processes:
 
     def _log_path(self, name: str) -> Path:
         return self.folder / f"{name}.log"
+
+
+def write_digits(folder: Path, counts: Mapping[str, int], classes: Mapping[str, int]) -> None:
+    """Each machine's own part of the digits, as `pi-01-images/eight/0.png` and so on.
+
+    Args:
+        counts: machine → images of each class.
+        classes: name → digit.
+    """
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    for class_name, digit in classes.items():
+        images = iter(pixels[digits.target == digit])
+        for machine, count in counts.items():
+            class_folder = folder / f"{machine}-images" / class_name
+            class_folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(next(images)).save(class_folder / f"{i}.png")
+
+
+def rounds_on_record(record: RunRecord) -> int:
+    """Round 0 included."""
+    return len(record.rounds_path.read_text().splitlines()) if record.rounds_path.exists() else 0
 
 
 def _executable(command: str) -> str:

@@ -3,19 +3,15 @@
 import contextlib
 import http.client
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
-from sklearn.datasets import load_digits
 
 from fleet.backbones import load_backbone
 from fleet.deploy.addresses import Address
@@ -23,7 +19,14 @@ from fleet.deploy.control import Control
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.wishes import Wishes
 from fleet.records import RoundReport, RunRecord
-from tests.deployment import HOST, Processes, free_ports, handshake
+from tests.deployment import (
+    HOST,
+    Processes,
+    free_ports,
+    handshake,
+    rounds_on_record,
+    write_digits,
+)
 
 CLASSES = {"eight": 8, "four": 4, "one": 1}  # class folder → digit
 BLOCKS = {"pi-01": 1, "pi-02": 2}
@@ -85,7 +88,7 @@ def logs_of_a_failure(deployment, request):
     failed_before = request.session.testsfailed
     yield
     if request.session.testsfailed > failed_before:
-        print(all_logs(deployment.processes))
+        print(deployment.processes.all_logs())
 
 
 def test_both_devices_train_their_own_blocks_on_their_own_images_in_every_round(deployment):
@@ -212,20 +215,20 @@ def deploy(processes: Processes) -> Deployment:
     (port,) = free_ports(1)
     provisioner = Provisioner(folder / "fleet")
     provisioner.begin([Address("localhost", port)], [*BLOCKS])
-    write_images(folder)
+    write_digits(folder, IMAGES, CLASSES)
     serve = ("server", "--dir", provisioner.server.path, "--host", HOST)
-    start(processes, "server", *serve)
+    processes.fleet("server", *serve)
     for name, blocks in BLOCKS.items():
         start_client(processes, provisioner.bundle_path(name), name, "--blocks", blocks)
     start_client(processes, bundle_of_a_stranger(provisioner), STRANGER, images="pi-01")
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
     arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
     processes.wait("server", lambda: "superlink is started" in processes.log("server"), 60)
-    start(processes, "run", "run", *arguments, "--data", folder / "server-images")
+    processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
     # Not before both have it: what Flower hands out as it is killed, nobody gets.
     processes.wait(
         "both devices train",
-        lambda: all("Receiving: train message" in supernode_log(folder, name) for name in BLOCKS),
+        lambda: all("Receiving: train message" in processes.supernode_log(name) for name in BLOCKS),
         RUN_SECONDS,
     )
     killed = superlink_of(processes)
@@ -233,7 +236,7 @@ def deploy(processes: Processes) -> Deployment:
     record = RunRecord(provisioner.server.runs_path / "first")
     processes.wait("round 1", lambda: rounds_on_record(record) >= 2, RUN_SECONDS)
     processes.process("server").kill()  # with nobody left to end its children
-    start(processes, "server-again", *serve)  # as systemd would
+    processes.fleet("server-again", *serve)  # as systemd would
     processes.finish("run", RUN_SECONDS)
     processes.wait(
         "the stranger is turned away",
@@ -243,16 +246,12 @@ def deploy(processes: Processes) -> Deployment:
     return Deployment(provisioner, port, processes, record, killed.pid)
 
 
-def start(processes: Processes, name: str, command: str, *arguments: object) -> None:
-    processes.start(name, "user", "fleet", command, *arguments)
-
-
 def start_client(
     processes: Processes, bundle: Path, name: str, *arguments: object, images: str = ""
 ) -> None:
     data = processes.folder / f"{images or name}-images"
     state = ("--state", processes.folder / name)
-    start(processes, name, "client", "--bundle", bundle, "--data", data, *state, *arguments)
+    processes.fleet(name, "client", "--bundle", bundle, "--data", data, *state, *arguments)
 
 
 def bundle_of_a_stranger(provisioner: Provisioner) -> Path:
@@ -264,23 +263,6 @@ def bundle_of_a_stranger(provisioner: Provisioner) -> Path:
     return folder
 
 
-def write_images(folder: Path) -> None:
-    """Each machine's own part of the digits, as `pi-01-images/eight/0.png` and so on."""
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    for class_name, digit in CLASSES.items():
-        images = iter(pixels[digits.target == digit])
-        for machine, count in IMAGES.items():
-            class_folder = folder / f"{machine}-images" / class_name
-            class_folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(next(images)).save(class_folder / f"{i}.png")
-
-
-def rounds_on_record(record: RunRecord) -> int:
-    return len(record.rounds_path.read_text().splitlines()) if record.rounds_path.exists() else 0
-
-
 def superlink_of(processes: Processes) -> psutil.Process:
     (found,) = (
         child
@@ -288,17 +270,3 @@ def superlink_of(processes: Processes) -> psutil.Process:
         if "fleet.deploy.superlink" in child.cmdline()
     )
     return found
-
-
-def supernode_log(folder: Path, name: str) -> str:
-    path = folder / name / "logs" / "supernode.log"
-    return path.read_text() if path.exists() else ""
-
-
-def all_logs(processes: Processes) -> str:
-    """What the commands printed, and what Flower did."""
-    logs = [processes.logs()]
-    for path in sorted(processes.folder.rglob("*.log")):
-        if os.path.basename(os.path.dirname(path)) == "logs":
-            logs.append(f"----- {path}\n{path.read_text(errors='replace')[-4000:]}")
-    return "\n".join(logs)
