@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import math
 import re
@@ -335,3 +336,23 @@ def test_a_model_is_as_readable_as_the_rest_of_the_run(record):
     record.write_summary({})
     modes = {path.stat().st_mode for path in record.path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_model_that_is_saved_leaves_nothing_to_the_collector_of_cycles(record):
+    tensors = {f"w{i}": torch.ones(2) for i in range(50)}
+    record.save_model(tensors, {})  # imports
+    gc.collect()
+    gc.disable()
+    try:
+        record.save_model(tensors, {})
+        assert gc.collect() < len(tensors)
+    finally:
+        gc.enable()
+
+
+def test_a_model_of_numbers_that_numpy_lacks_is_saved_too(record):
+    tensors = {"w": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "n": torch.tensor(3)}
+    record.save_model(tensors, {"backbone": "own"})
+    loaded = load_file(record.model_path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["w"].dtype == torch.bfloat16
