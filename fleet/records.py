@@ -373,10 +373,13 @@ class RunRecord:
             ConfigError: if it cannot be written.
         """
         # Here, not above: it brings torch, which a report does without.
-        from safetensors import SafetensorError
-        from safetensors.torch import save
+        from safetensors import SafetensorError, numpy, torch
 
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save = torch.save
+        with contextlib.suppress(TypeError):  # of a dtype that NumPy does not have
+            # safetensors.torch leaves two objects a tensor to the collector of cycles, every round.
+            whole, save = {name: tensor.numpy() for name, tensor in whole.items()}, numpy.save
         try:
             with _replacing(self.model_path) as path:
                 # Not save_file: its files are for their owner alone.
