@@ -258,11 +258,16 @@ def test_workers_run_ahead_a_few_replies_and_no_further(grid_of, tmp_path):
 
     grid = grid_of(answer, clients=60)
     told = []
-    threading.Timer(1.0, lambda: (told.append(len(list(tmp_path.iterdir()))), opened())).start()
 
-    def opened():
+    def look():
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # for those who would run on
+        told.append(len(list(tmp_path.iterdir())))
         (tmp_path / "go").touch()
 
+    threading.Thread(target=look).start()
     replies = answers(grid.send_and_receive(questions(grid)))
     assert replies == list(range(60))
     assert 8 <= told[0] <= 17
