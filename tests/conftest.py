@@ -7,7 +7,9 @@ import pytest
 # Files that take longest, most of them because they start processes. With several workers
 # (`make test`), each of which takes a file at a time, no worker is left alone with them.
 LONG_FILES = (
-    "test_deployment.py",
+    "test_fleet_life.py",
+    "test_fleet_server.py",
+    "test_slow_link.py",
     "test_stopping.py",
     "test_launch.py",
     "test_resume.py",
