@@ -60,7 +60,7 @@ class Resets:
     def next_exchange(self) -> int | None:
         """Bytes after which the exchange that begins now is cut; None: it is not."""
         self.exchanges += 1
-        return self._rng.randrange(1, 20_000) if self._rng.random() < self._probability else None
+        return self._rng.randrange(1, 3_000) if self._rng.random() < self._probability else None
 
 
 class Exchange:

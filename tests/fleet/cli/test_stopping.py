@@ -22,8 +22,11 @@ SMALL = (
     *("--clients", "2", "--train-examples", "60", "--test-examples", "30", "--image-size", "32"),
     *("--local-epochs", "1", "--blocks", "0,1", "--rounds", "500"),
 )
-# Python leaves an interrupt ignored where its parent does, as a shell's background job.
-HEAR = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# Python leaves signals ignored where its parent does, as a shell's background job or nohup.
+HEAR = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+)
 FLEET = (sys.executable, "-c", HEAR + "from fleet.cli import main; main()")
 
 
@@ -129,7 +132,10 @@ def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, 
 def test_a_run_whose_terminal_may_go_goes_on(tmp_path):
     run_dir = tmp_path / "run"
     run = subprocess.Popen(
-        ["nohup", *FLEET, "simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)],
+        [
+            *("nohup", sys.executable, "-m", "fleet.cli"),
+            *("simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
