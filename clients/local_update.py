@@ -16,6 +16,7 @@ from clients.personal import keep_gradients, keep_norms, objective
 from clients.share import LimitTooLow, Share, share_of
 from fleet.backbones import Backbone
 from fleet.codec import Download, Payload, decode
+from fleet.errors import FleetError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import first_trained_step
@@ -25,8 +26,16 @@ from fleet.train import train_locally
 
 
 def enrol(client: Client) -> Enrolment:
-    """Say who this is and which classes its images have."""
-    training, _ = local_data(client.node_config, client.config.data, client.config.seed)
+    """Say who this is and which classes its images have.
+
+    Raises:
+        FleetError: if it has no images that can be read. Until it has introduced itself
+            the server does not know its name, so the error begins with it.
+    """
+    try:
+        training, _ = local_data(client.node_config, client.config.data, client.config.seed)
+    except FleetError as error:
+        raise type(error)(f"{client.name}: {error}") from error
     return Enrolment(client.name, len(training), training.classes)
 
 

@@ -137,6 +137,8 @@ class FleetStrategy(Strategy):
             self._ledger.late_replies += 1
             self._ledger.up.add(asked.get(message_id, "unknown sender"), nbytes)
         online = self._roster.online(self._config.min_clients)
+        for node, reason in self._roster.absent.items():
+            self._ledger.refuse(node, f"introduction: {reason}")
         names = sample(list(online), self._config.sampled, self._seed, server_round)
         self._ledger.asked = tuple(sorted(names))
         return self._send(server_round, {name: online[name] for name in names}, MessageType.TRAIN)

@@ -44,6 +44,7 @@ class Roster:
         self._ask_again: dict[int, float] = {}  # node id → when, at the earliest
         self._turned_away: Counter[int] = Counter()  # node id → how often
         self._reasons: set[str] = set()  # why clients were turned away
+        self._absent: dict[int, str] = {}  # node id → why it takes no part, though it is there
 
     def online(self, min_clients: int) -> dict[str, int]:
         """Clients that can be reached now: name → node id, in order of names.
@@ -59,6 +60,9 @@ class Roster:
             known = nodes & self._enrolled.keys()
             timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS
             self._enrol(sorted(nodes - known), nodes, min(timeout, self._timeout))
+            self._absent = {
+                n: why for n, why in self._absent.items() if n in nodes and n not in self._enrolled
+            }
             names = {e.name: n for n, e in sorted(self._enrolled.items()) if n in nodes}
             if len(names) >= min_clients:
                 return dict(sorted(names.items()))
@@ -84,6 +88,11 @@ class Roster:
             log(INFO, "waiting for clients of the last round: %s", ", ".join(sorted(absent)))
             time.sleep(_POLL_SECONDS)
         return there
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Nodes that can be reached and take no part, and why. Their names are not known."""
+        return {f"node {node}": reason for node, reason in sorted(self._absent.items())}
 
     def classes(self) -> tuple[str, ...]:
         """Every class that any client enrolled so far has images of, sorted by name."""
@@ -124,9 +133,11 @@ class Roster:
                     self._enrolled[node] = self._checked(_introduction(reply), taken)
                     taken.add(self._enrolled[node].name)
             except UpdateError as error:
-                self._turn_away(str(error)[-_MAX_REASON:])
+                self._turn_away(node, str(error)[-_MAX_REASON:])
 
-    def _turn_away(self, reason: str) -> None:
+    def _turn_away(self, node: int | None, reason: str) -> None:
+        if node is not None:
+            self._absent[node] = reason
         if reason not in self._reasons and len(self._reasons) < _MAX_REASONS:
             log(WARNING, "a client was refused: %s", reason)
             self._reasons.add(reason)

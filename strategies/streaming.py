@@ -1,8 +1,10 @@
 """A grid that hands out replies as they arrive, and forgets nobody who is late."""
 
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Set
 from logging import WARNING
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
@@ -15,6 +17,10 @@ from fleet.message import REFUSED, content_bytes
 
 _REMEMBERED = 10_000  # messages whose late replies are counted
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
+# Flower's grid waits for up to 180 s within a look, for a reply whose sender died as it sent
+# it. Nobody else waits for that: a look that takes longer than this goes on by itself.
+PATIENCE_SECONDS = 2.0
+_MOST_LOOKS = 64  # at once: each may be held up by a sender that has died
 _UNSENT = "the message could not be sent; the server's log says why"
 # What building a reply from bytes that are none raises. A network that fails raises others.
 _UNREADABLE = (
@@ -39,11 +45,20 @@ class StreamingGrid(Grid):
     Args:
         grid: through which messages go.
         poll_seconds: between two looks for replies.
+        patience: seconds that a look may take before another one is begun beside it.
     """
 
-    def __init__(self, grid: Grid, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        poll_seconds: float = POLL_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
         self._grid = grid
         self._poll_seconds = poll_seconds
+        self._patience = patience
+        self._looks: SimpleQueue[list[Message] | Exception] = SimpleQueue()  # that have ended
+        self._looking = 0  # looks that have not, or whose replies nobody has taken
         # A simulated fleet answers as it is asked: what does not come then, never comes.
         self._waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: dict[str, None] = {}  # ids of messages that nobody waits for any more
@@ -97,7 +112,7 @@ class StreamingGrid(Grid):
     def take_late(self) -> list[tuple[str, int]]:
         """Earlier messages whose replies have come since, to be dropped: id, and bytes of each."""
         while self._outstanding:
-            replies, unreadable = self._pull(self._outstanding.keys())
+            replies, unreadable = self._pull(self._outstanding.keys(), self._patience)
             came = [(message_id, 0) for message_id in unreadable] + list(map(_late, replies))
             self._late += came
             for message_id, _ in came:
@@ -115,7 +130,8 @@ class StreamingGrid(Grid):
         pulled: list[Message] = []
         try:
             while waiting and time.monotonic() < deadline:
-                pulled, unreadable = self._pull(waiting)
+                pulled, unreadable = self._pull(waiting, deadline - time.monotonic())
+                pulled = self._without_late(pulled)
                 pulled += [_error(why, by_id[i]) for i, why in unreadable.items()]
                 waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
                 if not pulled:
@@ -130,8 +146,19 @@ class StreamingGrid(Grid):
                 del self._outstanding[next(iter(self._outstanding))]
             self._late += map(_late, pulled)
 
-    def _pull(self, message_ids: Set[str]) -> tuple[list[Message], dict[str, str]]:
+    def _without_late(self, replies: list[Message]) -> list[Message]:
+        """Without replies to earlier messages, which a look that took long may bring."""
+        late = [r for r in replies if r.metadata.reply_to_message_id in self._outstanding]
+        for message_id, nbytes in map(_late, late):
+            self._late.append((message_id, nbytes))
+            self._outstanding.pop(message_id, None)
+        return [r for r in replies if r not in late]
+
+    def _pull(self, message_ids: Set[str], seconds: float) -> tuple[list[Message], dict[str, str]]:
         """Replies that are there, and why others cannot be read.
+
+        Args:
+            seconds: after which it returns without, where the grid below waits longer.
 
         Flower hands out replies a batch at a time, and builds them as it does. One
         that is no message makes it raise, and what it had got by then is lost. So
@@ -139,7 +166,7 @@ class StreamingGrid(Grid):
         """
         if not self._singly:
             try:
-                return list(self._grid.pull_messages(set(message_ids))), {}
+                return self._look(set(message_ids), seconds), {}
             except _UNREADABLE as error:
                 if not self._waits:  # in one process nothing is built from bytes: a fault of ours
                     raise
@@ -147,12 +174,40 @@ class StreamingGrid(Grid):
                 self._singly = True
                 return [], {}
         replies, unreadable = [], {}
+        until = time.monotonic() + seconds
         for message_id in sorted(message_ids):
             try:
-                replies += self._grid.pull_messages({message_id})
+                replies += self._look({message_id}, until - time.monotonic())
             except _UNREADABLE as error:
                 unreadable[message_id] = f"reply cannot be read ({error!r:.200})"
         return replies, unreadable
+
+    def _look(self, message_ids: set[str], seconds: float) -> list[Message]:
+        """Replies that the grid below has, or that an earlier look has brought since.
+
+        Raises:
+            Whatever the grid does.
+        """
+        if not self._waits:
+            return list(self._grid.pull_messages(message_ids))
+
+        def look() -> None:
+            try:
+                self._looks.put(list(self._grid.pull_messages(message_ids)))
+            except Exception as error:  # it is raised where it is waited for
+                self._looks.put(error)
+
+        if self._looks.empty() and self._looking < _MOST_LOOKS:
+            self._looking += 1
+            threading.Thread(target=look, name="look for replies", daemon=True).start()
+        try:
+            found = self._looks.get(timeout=max(0.0, min(seconds, self._patience)))
+        except Empty:
+            return []
+        self._looking -= 1
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def _late(reply: Message) -> tuple[str, int]:

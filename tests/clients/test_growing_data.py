@@ -118,3 +118,10 @@ def test_a_folder_of_an_unknown_class_refuses_the_round_by_name_until_it_is_gone
         device.train(3)
     (device.images / "yak").rename(device.images / "owl")
     device.train(4)
+
+
+def test_a_device_without_images_is_named_as_it_says_so(device, tmp_path):
+    for path in device.images.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"^attic: .*images"):
+        enrol(device.client())

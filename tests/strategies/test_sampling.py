@@ -114,6 +114,26 @@ def test_a_client_that_was_refused_is_not_asked_over_and_over(scripted_grid):
     assert len(grid.sent) == 1
 
 
+def test_a_node_that_takes_no_part_is_told_with_its_reason_until_it_does_or_is_gone(
+    scripted_grid, monkeypatch
+):
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 0.0)
+    has_images = False
+
+    def attic(message):
+        if has_images:
+            return write_enrolment(Enrolment("attic", 10, ("cat",)))
+        return refusal(ConfigError("attic: /images holds no images"), message)
+
+    grid = scripted_grid({1: enrols("cellar"), 2: attic})
+    roster = Roster(grid, timeout=5)
+    roster.online(1)
+    assert roster.absent == {"node 2": "attic: /images holds no images"}
+    has_images = True
+    assert roster.online(2).keys() == {"attic", "cellar"}
+    assert roster.absent == {}
+
+
 def test_a_client_that_is_gone_is_not_online(scripted_grid):
     grid = scripted_grid({1: enrols("a"), 2: enrols("b")})
     roster = Roster(grid, timeout=5)

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 from flwr.app import Message, RecordDict
 from google.protobuf.message import DecodeError
@@ -211,3 +214,50 @@ def test_messages_that_nobody_ever_answers_are_forgotten_in_the_end(
     for _ in range(10):
         list(streaming_grid.send_and_receive([question(1)], timeout=1.0))
     assert list(streaming_grid._outstanding) == ["8", "9", "10"]
+
+
+class HeldUp:
+    """A grid that waits within a look for a node whose reply never gets there whole."""
+
+    def __init__(self, grid, node):
+        self.grid, self.node, self.released = grid, node, threading.Event()
+        self.pull, self.handed_out = grid.pull_messages, set()
+        grid.pull_messages = self.pull_messages
+
+    def pull_messages(self, message_ids):
+        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in self.grid.sent}
+        held = {i for i in message_ids if nodes[i] == self.node and i not in self.handed_out}
+        self.handed_out |= held
+        if held:
+            self.released.wait(60)
+        return self.pull(held or {i for i in message_ids if nodes[i] != self.node})
+
+
+def test_a_sender_that_died_as_it_sent_holds_up_neither_deadline_nor_others(scripted_grid):
+    grid = scripted_grid({1: answers, 2: answers, 3: answers})
+    held_up = HeldUp(grid, 2)
+    streaming_grid = StreamingGrid(grid, 0.01, patience=0.1)
+    began = time.monotonic()
+    replies = streaming_grid.send_and_receive(map(question, (1, 2, 3)), timeout=3)
+    assert sorted(nodes_of(replies)) == [1, 3]
+    assert 3 <= time.monotonic() - began < 30  # what held it up lasts for 60 s
+    held_up.released.set()
+    late = []
+    while not late:
+        assert time.monotonic() - began < 30
+        late = streaming_grid.take_late()
+    assert [message_id for message_id, _ in late] == [grid.sent[1].metadata.message_id]
+
+
+def test_a_reply_that_was_held_up_over_the_deadline_is_not_the_next_rounds(scripted_grid):
+    grid = scripted_grid({1: answers, 2: answers})
+    held_up = HeldUp(grid, 2)
+    streaming_grid = StreamingGrid(grid, 0.01, patience=0.1)
+    first = streaming_grid.send_and_receive(map(question, (1, 2)), timeout=1)
+    assert nodes_of(first) == [1]
+    held_up.node = None  # the next round is not held up
+    held_up.released.set()
+    second = streaming_grid.send_and_receive(map(question, (1, 2)), timeout=20)
+    assert sorted(nodes_of(second)) == [1, 2]
+    ((message_id, _),) = streaming_grid.take_late()
+    assert message_id == grid.sent[1].metadata.message_id
