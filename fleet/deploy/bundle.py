@@ -23,7 +23,7 @@ import tomli_w
 
 from fleet.deploy import private_files
 from fleet.deploy.addresses import Address
-from fleet.deploy.certificates import expiry
+from fleet.deploy.certificates import check_device_key, expiry
 from fleet.deploy.registry import check_name
 from fleet.errors import ConfigError
 
@@ -112,8 +112,9 @@ def install_bundle(source: Path, state: Path) -> Bundle:
     folder = state / "bundles" / digest
     if not folder.is_dir():
         _write_folder(folder, files)
+    bundle = read_bundle(folder)  # before the one in use is left for it
     _point_to(folder, state / CURRENT)
-    return read_bundle(folder)
+    return bundle
 
 
 def installed_bundle(state: Path) -> Bundle:
@@ -179,11 +180,17 @@ def _check(files: Mapping[str, bytes], source: Path) -> tuple[str, Address]:
         name, server = str(settings["name"]), Address.parse(str(settings["server"]))
         check_name(name)
         expiry(files[AUTHORITY_FILE])
-        if b"PRIVATE KEY" not in files[KEY_FILE]:
-            raise ConfigError(f"{KEY_FILE} holds no private key")
+        _check_key(files[KEY_FILE])
     except (ValueError, KeyError, ConfigError) as error:
         raise ConfigError(f"{source} is no bundle: {error}; {_NEW_ONE}") from error
     return name, server
+
+
+def _check_key(private: bytes) -> None:
+    try:
+        check_device_key(private)
+    except ConfigError as error:
+        raise ConfigError(f"{KEY_FILE}: {error}") from error
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

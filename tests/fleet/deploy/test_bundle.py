@@ -3,6 +3,8 @@ import io
 import tarfile
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import (
@@ -151,13 +153,66 @@ def test_a_bundle_that_was_copied_in_part_is_refused(tmp_path, state, cut):
         ("bundle.toml", b'version = 1\nname = "x"\nserver = "a b"', "neither a DNS name"),
         ("bundle.toml", b"\xff", "is no bundle"),
         ("ca.crt", b"x", "a certificate cannot be read"),
-        ("device.key", b"x", "device.key holds no private key"),
+        ("device.key", b"x", "device.key: it holds no private key that can be read"),
     ],
 )
 def test_a_file_that_holds_something_else_is_named(tmp_path, state, file, content, complaint):
     files = files_of() | {file: content}
     with pytest.raises(ConfigError, match=complaint):
         install_bundle(written(tmp_path, pack("pi-01", files)), state)
+
+
+def pem(key, form=serialization.PrivateFormat.OpenSSH):
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def garbled(key):
+    lines = key.splitlines(keepends=True)
+    lines[2] = lines[2].swapcase()  # still base64, but its point is not on the curve
+    return b"".join(lines)
+
+
+BAD_KEYS = {
+    "no base64": (
+        lambda: b"-----BEGIN OPENSSH PRIVATE KEY-----\n!\n-----END OPENSSH PRIVATE KEY-----\n",
+        "no private key that can be read",
+    ),
+    "cut": (lambda: make_device_key()[0][:200], "no private key that can be read"),
+    "garbled": (lambda: garbled(make_device_key()[0]), "no private key that can be read"),
+    "of another format": (
+        lambda: pem(ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.PKCS8),
+        "no private key that can be read",
+    ),
+    "of another curve": (
+        lambda: pem(ec.generate_private_key(ec.SECP256R1())),
+        "a private key of secp256r1, not of secp384r1",
+    ),
+    "of another kind": (
+        lambda: pem(ed25519.Ed25519PrivateKey.generate()),
+        "a private key of Ed25519PrivateKey, not of secp384r1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_KEYS)
+def test_a_bundle_with_a_bad_key_leaves_the_good_one_in_use(tmp_path, state, what):
+    good = files_of()
+    install_bundle(written(tmp_path, pack("pi-01", good)), state)
+    make_key, complaint = BAD_KEYS[what]
+    bad = written(tmp_path, pack("pi-01", good | {"device.key": make_key()}))
+    with pytest.raises(ConfigError, match=f"is no bundle: device.key: .*{complaint}"):
+        install_bundle(bad, state)
+    in_use = installed_bundle(state)
+    assert {name: (in_use.folder / name).read_bytes() for name in FILES} == good
+
+
+def test_a_bundle_with_a_cut_certificate_leaves_the_good_one_in_use(tmp_path, state):
+    good = files_of()
+    install_bundle(written(tmp_path, pack("pi-01", good)), state)
+    bad = written(tmp_path, pack("pi-01", good | {"ca.crt": good["ca.crt"][:300]}))
+    with pytest.raises(ConfigError, match="is no bundle: a certificate cannot be read"):
+        install_bundle(bad, state)
+    assert installed_bundle(state).authority_path.read_bytes() == good["ca.crt"]
 
 
 def test_a_bundle_that_is_not_there_is_named(tmp_path, state):
