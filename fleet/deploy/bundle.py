@@ -88,7 +88,7 @@ def read_bundle(folder: Path) -> Bundle:
     Raises:
         ConfigError: if a file is missing, or is not what it should be.
     """
-    files = {name: private_files.read(folder / name, "bundle", _NEW_ONE) for name in FILES}
+    files = {name: _read(folder / name) for name in FILES}
     name, server = _check(files, folder)
     return Bundle(folder, name, server)
 
@@ -104,9 +104,9 @@ def install_bundle(source: Path, state: Path) -> Bundle:
         ConfigError: if it is no bundle, or cannot be written.
     """
     if source.is_dir():
-        files = {name: private_files.read(source / name, "bundle", _NEW_ONE) for name in FILES}
+        files = {name: _read(source / name) for name in FILES}
     else:
-        files = _unpack(private_files.read(source, "bundle", _NEW_ONE), source)
+        files = _unpack(_read(source), source)
     _check(files, source)
     digest = hashlib.sha256(b"\0".join(files[name] for name in FILES)).hexdigest()[:16]
     folder = state / "bundles" / digest
@@ -132,14 +132,16 @@ def installed_bundle(state: Path) -> Bundle:
     return read_bundle(folder.resolve())
 
 
+def _read(path: Path) -> bytes:
+    return private_files.read(path, "bundle", _NEW_ONE, most=_MOST_BYTES)
+
+
 def _unpack(packed: bytes, source: Path) -> dict[str, bytes]:
     """The three files of an archive; what else is in it is refused, not written.
 
     Raises:
         ConfigError: if it is no archive of exactly these files.
     """
-    if len(packed) > _MOST_BYTES:
-        raise ConfigError(f"{source} has {len(packed)} bytes, which is no bundle; {_NEW_ONE}")
     files: dict[str, bytes] = {}
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as unzipped:

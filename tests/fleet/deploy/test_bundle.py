@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import tarfile
 
 import pytest
@@ -132,8 +133,21 @@ def test_a_bomb_is_not_unpacked(tmp_path, state):
 
 
 def test_a_file_that_is_too_large_is_not_read_as_a_bundle(tmp_path, state):
-    with pytest.raises(ConfigError, match="has 1048577 bytes, which is no bundle"):
+    with pytest.raises(ConfigError, match="has 1048577 bytes, and is no bundle"):
         install_bundle(written(tmp_path, bytes(2**20 + 1)), state)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("what", ["/dev/zero", "pipe"])
+def test_what_never_ends_is_not_read_as_a_bundle(tmp_path, state, what, inside):
+    os.mkfifo(tmp_path / "pipe")
+    source = tmp_path / what
+    if inside:
+        (tmp_path / "pi-01").mkdir()
+        (tmp_path / "pi-01" / "bundle.toml").symlink_to(source)
+        source = tmp_path / "pi-01"
+    with pytest.raises(ConfigError, match="is no regular file, and no bundle; copy the bundle"):
+        install_bundle(source, state)
 
 
 @pytest.mark.parametrize("cut", range(0, 1500, 100))
