@@ -79,7 +79,7 @@ def command(
     """
     from fleet.deploy import private_files
     from fleet.deploy.addresses import Address
-    from fleet.deploy.bundle import install_bundle, installed_bundle
+    from fleet.deploy.bundle import bundle_to_use
     from fleet.deploy.client import ClientOptions, run_client, state_folder
     from fleet.deploy.server import log_to_stderr
 
@@ -87,13 +87,14 @@ def command(
         raise ConfigError("--insecure uses no keys, and --bundle holds some; leave one out")
     if not insecure and (server or name):
         raise ConfigError("--server and --name go with --insecure; a bundle names both itself")
+    log_to_stderr()
     folder, bundle, address = state_folder(state), None, None
     private_files.make_private_folder(folder)
     if insecure:
         address = Address.parse(server or "127.0.0.1")
         name = name or socket.gethostname()
     else:
-        bundle = install_bundle(source, folder) if source else installed_bundle(folder)
+        bundle = bundle_to_use(source, folder)
         name = bundle.name
     node: dict[str, Value] = {"name": name, "data": str(data.expanduser().absolute())}
     node["budget-mib"] = str(budget(budget_mib))
@@ -107,7 +108,6 @@ def command(
         if key in node:
             raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
         node[key] = value
-    log_to_stderr()
     run_client(
         ClientOptions(
             state=folder,

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import logging
 import os
 import shutil
 import tarfile
@@ -34,6 +35,8 @@ CURRENT = "device"  # in a client's state: the bundle that it uses
 _VERSION = 1
 _MOST_BYTES = 2**20  # of an archive, packed or not; a real one has some 5 kB
 _NEW_ONE = "copy the bundle from the server again, or make one with: fleet provision --add NAME"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,39 @@ def installed_bundle(state: Path) -> Bundle:
             f"--bundle NAME{SUFFIX}, which fleet provision made on the server"
         )
     return read_bundle(folder.resolve())
+
+
+def bundle_to_use(source: Path | None, state: Path) -> Bundle:
+    """Install the bundle that is given, or take the one in use if none is, or its copy was removed.
+
+    Args:
+        source: a `.tar.gz` or a folder, if one is given.
+        state: the client's state folder.
+
+    Raises:
+        ConfigError: as `install_bundle` and `installed_bundle`.
+    """
+    if source is None:
+        return installed_bundle(state)
+    if _is_gone(source) and (state / CURRENT).is_dir():
+        bundle = installed_bundle(state)
+        _log.info(
+            "there is no bundle %s any more; using the one of %s in the state folder",
+            source,
+            bundle.name,
+        )
+        return bundle
+    return install_bundle(source, state)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # what is there and cannot be read is told when it is read
+        return False
+    return False
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import (
     FILES,
     bundle_files,
+    bundle_to_use,
     install_bundle,
     installed_bundle,
     pack,
@@ -70,6 +71,23 @@ def test_once_installed_the_archive_is_needed_no_more(tmp_path, state):
     assert install_bundle(path, state).folder.samefile(first.folder)
     path.unlink()
     assert installed_bundle(state).key_path.read_bytes() == first.key_path.read_bytes()
+
+
+def test_once_its_copy_is_removed_the_installed_bundle_is_used(tmp_path, state, caplog):
+    caplog.set_level("INFO")
+    path = written(tmp_path, pack("pi-01", files_of()))
+    first = bundle_to_use(path, state)
+    path.unlink()
+    again = bundle_to_use(path, state)
+    assert again == bundle_to_use(None, state) and again.folder.samefile(first.folder)
+    (line,) = caplog.messages
+    assert line.startswith(f"there is no bundle {path} any more; using the one of pi-01 in the")
+
+
+def test_a_bad_bundle_is_told_though_one_is_installed(tmp_path, state):
+    bundle_to_use(written(tmp_path, pack("pi-01", files_of())), state)
+    with pytest.raises(ConfigError, match="is no bundle"):
+        bundle_to_use(written(tmp_path, b"x"), state)
 
 
 def test_a_new_bundle_takes_the_place_of_the_old_one(tmp_path, state):
@@ -231,4 +249,4 @@ def test_a_bundle_with_a_cut_certificate_leaves_the_good_one_in_use(tmp_path, st
 
 def test_a_bundle_that_is_not_there_is_named(tmp_path, state):
     with pytest.raises(ConfigError, match=r"there is no bundle, .*pi-01.tar.gz"):
-        install_bundle(tmp_path / "pi-01.tar.gz", state)
+        bundle_to_use(tmp_path / "pi-01.tar.gz", state)
