@@ -52,6 +52,7 @@ def ending(code, *tail):
         (0, (), Seen("unknown", 0.0), "does not know the key of pi-01: it was taken out", 60),
         (1, NOT_ACTIVATED, Seen("unknown", 0.0), "fleet provision --add NAME", 60),
         (1, NOT_ACTIVATED, Seen("online", 0.0), "still counts this device as online", 5),
+        (1, NOT_ACTIVATED, Seen("online", 0.0), "in use on another device.*provision --add", 5),
         (1, NOT_ACTIVATED, Seen("registered", 0.0), "did not let this device in then", 0),
         (1, (), Seen("refused", 0.0, "no signature"), "no signature; .*--bundle", 60),
         (1, (), Seen("unreachable", problem="timed out"), r"cannot be reached \(timed out\)", 5),
