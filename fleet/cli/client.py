@@ -7,7 +7,7 @@ import click
 
 from fleet.cli.options import read_value
 from fleet.cli.until_signal import until_signal
-from fleet.config import Value, budget
+from fleet.config import NODE_SETTINGS, WEIGHTS, Value, budget
 from fleet.errors import ConfigError
 
 
@@ -37,7 +37,8 @@ from fleet.errors import ConfigError
     "others",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Another setting of this device's node; may be given several times.",
+    help=f"Another setting of this device's node, of {', '.join(NODE_SETTINGS)}; may be given "
+    f"several times.",
 )
 @click.option(
     "--trusted-entities",
@@ -101,13 +102,14 @@ def command(
     if blocks is not None:
         node["blocks"] = blocks
     if weights is not None:
-        local = Path(weights).expanduser()
-        node["weights"] = str(local.absolute()) if local.exists() else weights
+        node["weights"] = weights
     for other in others:
         key, value = read_value(other)
         if key in node:
             raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
         node[key] = value
+    if "weights" in node and node["weights"] not in WEIGHTS:
+        node["weights"] = str(Path(str(node["weights"])).expanduser().absolute())
     run_client(
         ClientOptions(
             state=folder,
