@@ -146,7 +146,8 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
 
 def _tell_if_empty(data: Path) -> None:
     """A warning, no error: a device may be started before its images come."""
-    if not any(files for folder, _, files in os.walk(data) if Path(folder) != data):
+    below = os.walk(data, followlinks=True)  # as the images are read
+    if not any(files for folder, _, files in below if Path(folder) != data):
         _log.warning(
             "there are no images in %s yet, and until they come this device declines to train; "
             "put those of each class in a folder of its own: %s",

@@ -222,6 +222,15 @@ def test_a_device_without_images_starts_with_one_warning(options, monkeypatch, c
         assert warnings == []
 
 
+def test_class_folders_may_be_links(options, monkeypatch, caplog, tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.jpg").touch()
+    (Path(options.node["data"]) / "cat").symlink_to(tmp_path / "cats")
+    monkeypatch.setattr(module.Supervisor, "run", lambda self, beat: None)
+    module.run_client(options, lambda stop: None)
+    assert "there are no images" not in caplog.text
+
+
 def test_a_second_client_in_the_same_state_is_refused(options):
     with (
         alone_in(options.state, "fleet client"),
