@@ -20,8 +20,7 @@ class Client:
 
     Attributes:
         name: stable over rounds and restarts.
-        node_config: what this device was started with. `name`, `data`,
-            `blocks`, `budget-mib`, `weights`, `soft-temperature` and `least-battery`
+        node_config: what this device was started with. `fleet.config.NODE_SETTINGS`
             are its own; `partition-id` and `num-partitions` come from a simulation.
         config: the run's.
     """

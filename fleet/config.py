@@ -24,6 +24,15 @@ AUGMENTATIONS = ("none", "crop", "flip", "flip+crop")
 CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
+NODE_SETTINGS = (  # what a device may settle itself, in its node's configuration
+    "name",
+    "data",
+    "blocks",
+    "budget-mib",
+    "weights",
+    "soft-temperature",
+    "least-battery",
+)
 SCHEDULES = ("constant", "cosine")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "feddyn")
 OBJECTIVES = ("plain", "fedprox", "feddyn")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
-import os
 import re
 import stat
 import sys
@@ -20,6 +20,7 @@ DEFAULT_PORT = 8000
 SETTINGS_FILE, AUTHORITY_FILE, KEY_FILE = FILES = ("bundle.toml", "ca.crt", "device.key")
 
 _MOST_BYTES = 2**20  # of a bundle; a real one has some 5 kB
+_OPENSSH = b"openssh-key-v1\0"  # what a key in this format, the only one Flower reads, begins with
 _NEW_BUNDLE = "copy the bundle from the server again"
 
 
@@ -94,7 +95,7 @@ def read_bundle(path: Path) -> Bundle:
     """What is in a bundle, an archive or a folder; nothing is unpacked.
 
     Raises:
-        ConfigError: if it is neither, or a file is missing.
+        ConfigError: if it is neither, a file is missing, or an archive holds anything else.
     """
     key_holder = path / KEY_FILE if path.is_dir() else path
     try:
@@ -140,7 +141,7 @@ def bundle_finding(bundle: Bundle, user: int) -> Finding:
     """
     check, key = "bundle", bundle.files[KEY_FILE]
     holder = bundle.path / KEY_FILE if bundle.path.is_dir() else bundle.path
-    if b"PRIVATE KEY-----" not in key:
+    if not _is_key(key):
         return Finding(check, PROBLEM, f"{KEY_FILE} of {bundle.path} is no key", _NEW_BUNDLE)
     if bundle.mode & 0o077:
         return Finding(
@@ -160,19 +161,52 @@ def bundle_finding(bundle: Bundle, user: int) -> Finding:
     return Finding(check, OK, seen)
 
 
+def _is_key(content: bytes) -> bool:
+    """Whether it has the form of an OpenSSH key; the standard library cannot load one."""
+    found = re.fullmatch(
+        rb"-----BEGIN OPENSSH PRIVATE KEY-----(.+)-----END OPENSSH PRIVATE KEY-----\s*",
+        content,
+        re.DOTALL,
+    )
+    if found is None:
+        return False
+    try:
+        decoded = base64.b64decode(b"".join(found[1].split()), validate=True)
+    except ValueError:
+        return False
+    return decoded.startswith(_OPENSSH)
+
+
 def _folder_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+    return {name: _read(folder / name) for name in FILES if (folder / name).exists()}
+
+
+def _read(path: Path) -> bytes:
+    """A file's content; a pipe or a device, which may never end, is not opened."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError(f"{path.name} has {status.st_size} bytes")
+    return path.read_bytes()
 
 
 def _archive_files(path: Path) -> dict[str, bytes]:
-    with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as unzipped:
+    """What is in an archive, which may hold the three files alone: the client takes no other."""
+    with gzip.GzipFile(fileobj=io.BytesIO(_read(path))) as unzipped:
         plain = unzipped.read(_MOST_BYTES + 1)
     if len(plain) > _MOST_BYTES:
         raise ValueError(f"it is larger than {_MOST_BYTES} bytes once unpacked")
-    files = {}
+    files: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
         for member in archive:
-            name = os.path.basename(member.name)
-            if member.isreg() and name in FILES:
-                files[name] = archive.extractfile(member).read()
+            folder, _, name = member.name.rpartition("/")
+            if member.isdir():
+                continue
+            outside = "/" in folder or folder in ("..", ".") or member.name.startswith("/")
+            if not member.isreg() or name not in FILES or outside:
+                raise ValueError(f"{member.name!r} in it is none of {', '.join(FILES)}")
+            if name in files:
+                raise ValueError(f"{name} is in it twice")
+            files[name] = archive.extractfile(member).read()
     return files

@@ -7,7 +7,7 @@ import click
 
 from fleet.cli.options import read_value
 from fleet.cli.until_signal import until_signal
-from fleet.config import Value, budget
+from fleet.config import NODE_SETTINGS, WEIGHTS, Value, budget
 from fleet.errors import ConfigError
 
 
@@ -37,7 +37,8 @@ from fleet.errors import ConfigError
     "others",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Another setting of this device's node; may be given several times.",
+    help=f"Another setting of this device's node, of {', '.join(NODE_SETTINGS)}; may be given "
+    f"several times.",
 )
 @click.option(
     "--trusted-entities",
@@ -79,7 +80,7 @@ def command(
     """
     from fleet.deploy import private_files
     from fleet.deploy.addresses import Address
-    from fleet.deploy.bundle import install_bundle, installed_bundle
+    from fleet.deploy.bundle import bundle_to_use
     from fleet.deploy.client import ClientOptions, run_client, state_folder
     from fleet.deploy.server import log_to_stderr
 
@@ -87,27 +88,28 @@ def command(
         raise ConfigError("--insecure uses no keys, and --bundle holds some; leave one out")
     if not insecure and (server or name):
         raise ConfigError("--server and --name go with --insecure; a bundle names both itself")
+    log_to_stderr()
     folder, bundle, address = state_folder(state), None, None
     private_files.make_private_folder(folder)
     if insecure:
         address = Address.parse(server or "127.0.0.1")
         name = name or socket.gethostname()
     else:
-        bundle = install_bundle(source, folder) if source else installed_bundle(folder)
+        bundle = bundle_to_use(source, folder)
         name = bundle.name
     node: dict[str, Value] = {"name": name, "data": str(data.expanduser().absolute())}
     node["budget-mib"] = str(budget(budget_mib))
     if blocks is not None:
         node["blocks"] = blocks
     if weights is not None:
-        local = Path(weights).expanduser()
-        node["weights"] = str(local.absolute()) if local.exists() else weights
+        node["weights"] = weights
     for other in others:
         key, value = read_value(other)
         if key in node:
             raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
         node[key] = value
-    log_to_stderr()
+    if "weights" in node and node["weights"] not in WEIGHTS:
+        node["weights"] = str(Path(str(node["weights"])).expanduser().absolute())
     run_client(
         ClientOptions(
             state=folder,

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import logging
 import os
 import shutil
 import tarfile
@@ -23,7 +24,7 @@ import tomli_w
 
 from fleet.deploy import private_files
 from fleet.deploy.addresses import Address
-from fleet.deploy.certificates import expiry
+from fleet.deploy.certificates import check_device_key, expiry
 from fleet.deploy.registry import check_name
 from fleet.errors import ConfigError
 
@@ -34,6 +35,8 @@ CURRENT = "device"  # in a client's state: the bundle that it uses
 _VERSION = 1
 _MOST_BYTES = 2**20  # of an archive, packed or not; a real one has some 5 kB
 _NEW_ONE = "copy the bundle from the server again, or make one with: fleet provision --add NAME"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def read_bundle(folder: Path) -> Bundle:
     Raises:
         ConfigError: if a file is missing, or is not what it should be.
     """
-    files = {name: private_files.read(folder / name, "bundle", _NEW_ONE) for name in FILES}
+    files = {name: _read(folder / name) for name in FILES}
     name, server = _check(files, folder)
     return Bundle(folder, name, server)
 
@@ -104,16 +107,17 @@ def install_bundle(source: Path, state: Path) -> Bundle:
         ConfigError: if it is no bundle, or cannot be written.
     """
     if source.is_dir():
-        files = {name: private_files.read(source / name, "bundle", _NEW_ONE) for name in FILES}
+        files = {name: _read(source / name) for name in FILES}
     else:
-        files = _unpack(private_files.read(source, "bundle", _NEW_ONE), source)
+        files = _unpack(_read(source), source)
     _check(files, source)
     digest = hashlib.sha256(b"\0".join(files[name] for name in FILES)).hexdigest()[:16]
     folder = state / "bundles" / digest
     if not folder.is_dir():
         _write_folder(folder, files)
+    bundle = read_bundle(folder)  # before the one in use is left for it
     _point_to(folder, state / CURRENT)
-    return read_bundle(folder)
+    return bundle
 
 
 def installed_bundle(state: Path) -> Bundle:
@@ -131,14 +135,49 @@ def installed_bundle(state: Path) -> Bundle:
     return read_bundle(folder.resolve())
 
 
+def bundle_to_use(source: Path | None, state: Path) -> Bundle:
+    """Install the bundle that is given, or take the one in use if none is, or its copy was removed.
+
+    Args:
+        source: a `.tar.gz` or a folder, if one is given.
+        state: the client's state folder.
+
+    Raises:
+        ConfigError: as `install_bundle` and `installed_bundle`.
+    """
+    if source is None:
+        return installed_bundle(state)
+    if _is_gone(source) and (state / CURRENT).is_dir():
+        bundle = installed_bundle(state)
+        _log.info(
+            "there is no bundle %s any more; using the one of %s in the state folder",
+            source,
+            bundle.name,
+        )
+        return bundle
+    return install_bundle(source, state)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # what is there and cannot be read is told when it is read
+        return False
+    return False
+
+
+def _read(path: Path) -> bytes:
+    return private_files.read(path, "bundle", _NEW_ONE, most=_MOST_BYTES)
+
+
 def _unpack(packed: bytes, source: Path) -> dict[str, bytes]:
     """The three files of an archive; what else is in it is refused, not written.
 
     Raises:
         ConfigError: if it is no archive of exactly these files.
     """
-    if len(packed) > _MOST_BYTES:
-        raise ConfigError(f"{source} has {len(packed)} bytes, which is no bundle; {_NEW_ONE}")
     files: dict[str, bytes] = {}
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as unzipped:
@@ -179,11 +218,17 @@ def _check(files: Mapping[str, bytes], source: Path) -> tuple[str, Address]:
         name, server = str(settings["name"]), Address.parse(str(settings["server"]))
         check_name(name)
         expiry(files[AUTHORITY_FILE])
-        if b"PRIVATE KEY" not in files[KEY_FILE]:
-            raise ConfigError(f"{KEY_FILE} holds no private key")
+        _check_key(files[KEY_FILE])
     except (ValueError, KeyError, ConfigError) as error:
         raise ConfigError(f"{source} is no bundle: {error}; {_NEW_ONE}") from error
     return name, server
+
+
+def _check_key(private: bytes) -> None:
+    try:
+        check_device_key(private)
+    except ConfigError as error:
+        raise ConfigError(f"{KEY_FILE}: {error}") from error
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

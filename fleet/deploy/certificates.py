@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -89,6 +90,22 @@ def make_device_key() -> tuple[bytes, str]:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     return private, public.decode()
+
+
+def check_device_key(private: bytes) -> None:
+    """Load a device's private key as `flower-supernode` does.
+
+    Raises:
+        ConfigError: if it cannot be loaded, has a passphrase, or is of another curve or kind
+            than EC P-384.
+    """
+    try:
+        key = serialization.load_ssh_private_key(private, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"it holds no private key that can be read ({error})") from error
+    curve = key.curve.name if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
+    if curve != ec.SECP384R1.name:
+        raise ConfigError(f"it holds a private key of {curve}, not of {ec.SECP384R1.name}")
 
 
 def fingerprint(public_key: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fleet.config import Value
+from fleet.config import NODE_SETTINGS, WEIGHTS, Value
 from fleet.deploy import notify
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import Bundle
@@ -46,7 +46,7 @@ class ClientOptions:
 
     Attributes:
         state: of everything that it keeps.
-        node: what its node tells each app: `name`, `data`, `budget-mib` and the like.
+        node: what its node tells each app, of `fleet.config.NODE_SETTINGS`.
         bundle: of key and certificate; None: a server without either, on this machine.
         server: where that is, without a bundle.
         trusted_entities: YAML of who may sign apps; None: whatever the server sends runs.
@@ -64,13 +64,25 @@ class ClientOptions:
         """Refuse what cannot be, or must not.
 
         Raises:
-            ConfigError: for data that is no folder, or a server elsewhere without keys.
+            ConfigError: for settings that nothing reads, data that is no folder, weights that
+                are no file, or a server elsewhere without keys.
         """
         if self.bundle is None and (self.server is None or not self.server.loopback):
             raise ConfigError(
                 f"--insecure sends what this device learns without encryption, and "
                 f"{self.server or 'no server'} is not this machine; use --server 127.0.0.1:8000, "
                 f"or a bundle of fleet provision"
+            )
+        if unknown := sorted(set(self.node) - set(NODE_SETTINGS)):
+            raise ConfigError(
+                f"unknown setting {', '.join(unknown)} of a device's node; known: "
+                f"{', '.join(NODE_SETTINGS)}"
+            )
+        weights = str(self.node.get("weights", WEIGHTS[0]))
+        if weights not in WEIGHTS and not os.path.isfile(weights):
+            raise ConfigError(
+                f"--weights {weights} is no file; name a .safetensors or .pth file, or one of: "
+                f"{', '.join(WEIGHTS)}"
             )
         data = Path(str(self.node["data"]))
         if not data.is_dir():
@@ -97,6 +109,7 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
         ConfigError: as `ClientOptions.check`, or if another client runs here.
     """
     options.check()
+    _tell_if_empty(Path(str(options.node["data"])))
     with alone_in(options.state, "fleet client"):
         watchdog = Watchdog(options)
         environment = flower_environment(
@@ -129,6 +142,18 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
             watchdog.stop()
             thread.join(timeout=1.0)
             _log.info("client has ended")
+
+
+def _tell_if_empty(data: Path) -> None:
+    """A warning, no error: a device may be started before its images come."""
+    below = os.walk(data, followlinks=True)  # as the images are read
+    if not any(files for folder, _, files in below if Path(folder) != data):
+        _log.warning(
+            "there are no images in %s yet, and until they come this device declines to train; "
+            "put those of each class in a folder of its own: %s",
+            data,
+            data / "CLASS" / "image.jpg",
+        )
 
 
 def _command(options: ClientOptions) -> list[str]:

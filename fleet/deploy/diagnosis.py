@@ -71,7 +71,8 @@ def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
             return Diagnosis("the server did not let this device in then, and does now", 0.0)
         return Diagnosis(
             "the server still counts this device as online from before; it lets it in within a "
-            "minute",
+            "minute, or else its bundle is in use on another device too: give each its own, "
+            "fleet provision --add NAME",
             SOON_SECONDS,
         )
     if ending.code == 0:  # what Flower does when it is refused, and nobody has asked it to end

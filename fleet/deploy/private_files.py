@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,37 @@ def replace(path: Path, content: bytes) -> None:
         ) from error
 
 
-def read(path: Path, what: str, way_out: str) -> bytes:
-    """The content of a file that has to be there.
+def read(path: Path, what: str, way_out: str, most: int | None = None) -> bytes:
+    """The content of a regular file that has to be there.
+
+    Args:
+        path: of the file.
+        what: it is, for errors.
+        way_out: of them.
+        most: bytes that it may have; None: any number.
 
     Raises:
-        ConfigError: naming `what` it is and the `way_out`.
+        ConfigError: if it is not there, is no regular file, has more bytes, or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path} is no regular file, and no {what}; {way_out}")
+            if most is not None and status.st_size > most:
+                raise ConfigError(f"{path} has {status.st_size} bytes, and is no {what}; {way_out}")
+            return file.read()
     except FileNotFoundError as error:
         raise ConfigError(f"there is no {what}, {path}; {way_out}") from error
     except OSError as error:
         raise ConfigError(
             f"cannot read {what}, {path}: {error.strerror}; make it readable for this user"
         ) from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open even a pipe at once, which else waits for who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_toml(path: Path, what: str, way_out: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import gzip
 import io
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -16,6 +17,7 @@ from clients.doctor.address import (
     read_authority,
     read_bundle,
 )
+from fleet.deploy.bundle import install_bundle
 from fleet.errors import ConfigError
 
 
@@ -34,10 +36,10 @@ def files(authority):
     }
 
 
-def archive(path, files, mode=0o600):
+def archive(path, files, mode=0o600, folder="pi-01/"):
     with tarfile.open(path, "w:gz") as packed:
         for name, content in files.items():
-            member = tarfile.TarInfo(f"pi-01/{name}")
+            member = tarfile.TarInfo(f"{folder}{name}")
             member.size = len(content)
             packed.addfile(member, io.BytesIO(content))
     path.chmod(mode)
@@ -78,11 +80,65 @@ def test_somebody_elses_bundle_is_for_them_to_look_at(tmp_path, files):
     assert found.remedy == "run this as the user that the client runs as"
 
 
-def test_a_bundle_without_a_key_is_a_problem(tmp_path, files):
-    path = archive(tmp_path / "b", files | {"device.key": b"ssh-ecdsa AAAA"})
+BEGIN, END = b"-----BEGIN OPENSSH PRIVATE KEY-----\n", b"-----END OPENSSH PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"",
+        b"ssh-ecdsa AAAA",
+        BEGIN,
+        BEGIN + END,
+        BEGIN + b"no base64!\n" + END,
+        BEGIN + b"AAAA\n" + END,  # base64 of something else
+        BEGIN.replace(b"OPENSSH ", b"") + b"AAAA\n" + END.replace(b"OPENSSH ", b""),
+    ],
+)
+def test_a_bundle_without_a_key_is_a_problem(tmp_path, files, key):
+    path = archive(tmp_path / "b.tar.gz", files | {"device.key": key})
     found = bundle_finding(read_bundle(path), os.getuid())
     assert (found.state, found.fact) == ("problem", f"device.key of {path} is no key")
     assert found.remedy == "copy the bundle from the server again"
+    refused_by_the_client(path, tmp_path)
+
+
+def test_a_key_that_was_cut_is_a_problem(tmp_path, files):
+    path = archive(tmp_path / "b.tar.gz", files | {"device.key": files["device.key"][:-40]})
+    assert bundle_finding(read_bundle(path), os.getuid()).state == "problem"
+    refused_by_the_client(path, tmp_path)
+
+
+def refused_by_the_client(path, tmp_path):
+    with pytest.raises(ConfigError, match="is no bundle"):
+        install_bundle(path, tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "name", ["../authorized_keys", "../../device.key", "x/../device.key", "/device.key", "./x"]
+)
+def test_an_archive_with_anything_else_in_it_is_refused_as_the_client_does(tmp_path, files, name):
+    path = archive(tmp_path / "b.tar.gz", {name: b"x"} | files, folder="")
+    with pytest.raises(ConfigError, match=r"cannot read bundle .* in it is none of bundle\.toml, "):
+        read_bundle(path)
+    refused_by_the_client(path, tmp_path)
+
+
+def test_a_file_that_is_twice_in_an_archive_is_refused(tmp_path, files):
+    twice = {"pi-02/device.key": b"x", **{f"pi-01/{name}": files[name] for name in files}}
+    with pytest.raises(ConfigError, match=r"device\.key is in it twice"):
+        read_bundle(archive(tmp_path / "b.tar.gz", twice, folder=""))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_never_ends_is_not_read(tmp_path, files, make):
+    path = folder(tmp_path / "pi-01", files)
+    (path / "ca.crt").unlink()
+    make(path / "ca.crt")
+    with pytest.raises(ConfigError, match=r"ca\.crt is no regular file; copy the bundle"):
+        read_bundle(path)
+    with pytest.raises(ConfigError, match="zero is no regular file"):
+        read_bundle(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("make", [archive, folder])

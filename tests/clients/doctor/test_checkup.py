@@ -11,6 +11,7 @@ import pytest
 import clients.doctor
 from clients.doctor import STATES, Finding, Subject, checkup, diagnose, report
 from clients.doctor.findings import verdict
+from fleet.deploy.certificates import make_device_key
 from fleet.errors import ConfigError
 
 ROOT = Path(clients.__path__[0]).parent
@@ -74,7 +75,7 @@ def test_the_server_is_that_of_the_bundle_with_the_authority_in_it(
     folder.mkdir()
     (folder / "bundle.toml").write_text(f'version = 1\nname = "pi-01"\nserver = "{server}"\n')
     (folder / "ca.crt").write_text(authority.pem)
-    (folder / "device.key").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (folder / "device.key").write_bytes(make_device_key()[0])
     (folder / "device.key").chmod(0o600)
     by_bundle = diagnose(Subject(bundle=folder, state=tmp_path))
     states = {f.check: f.state for f in by_bundle}

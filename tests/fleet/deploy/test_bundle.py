@@ -1,13 +1,17 @@
 import gzip
 import io
+import os
 import tarfile
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import (
     FILES,
     bundle_files,
+    bundle_to_use,
     install_bundle,
     installed_bundle,
     pack,
@@ -67,6 +71,23 @@ def test_once_installed_the_archive_is_needed_no_more(tmp_path, state):
     assert install_bundle(path, state).folder.samefile(first.folder)
     path.unlink()
     assert installed_bundle(state).key_path.read_bytes() == first.key_path.read_bytes()
+
+
+def test_once_its_copy_is_removed_the_installed_bundle_is_used(tmp_path, state, caplog):
+    caplog.set_level("INFO")
+    path = written(tmp_path, pack("pi-01", files_of()))
+    first = bundle_to_use(path, state)
+    path.unlink()
+    again = bundle_to_use(path, state)
+    assert again == bundle_to_use(None, state) and again.folder.samefile(first.folder)
+    (line,) = caplog.messages
+    assert line.startswith(f"there is no bundle {path} any more; using the one of pi-01 in the")
+
+
+def test_a_bad_bundle_is_told_though_one_is_installed(tmp_path, state):
+    bundle_to_use(written(tmp_path, pack("pi-01", files_of())), state)
+    with pytest.raises(ConfigError, match="is no bundle"):
+        bundle_to_use(written(tmp_path, b"x"), state)
 
 
 def test_a_new_bundle_takes_the_place_of_the_old_one(tmp_path, state):
@@ -130,8 +151,21 @@ def test_a_bomb_is_not_unpacked(tmp_path, state):
 
 
 def test_a_file_that_is_too_large_is_not_read_as_a_bundle(tmp_path, state):
-    with pytest.raises(ConfigError, match="has 1048577 bytes, which is no bundle"):
+    with pytest.raises(ConfigError, match="has 1048577 bytes, and is no bundle"):
         install_bundle(written(tmp_path, bytes(2**20 + 1)), state)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("what", ["/dev/zero", "pipe"])
+def test_what_never_ends_is_not_read_as_a_bundle(tmp_path, state, what, inside):
+    os.mkfifo(tmp_path / "pipe")
+    source = tmp_path / what
+    if inside:
+        (tmp_path / "pi-01").mkdir()
+        (tmp_path / "pi-01" / "bundle.toml").symlink_to(source)
+        source = tmp_path / "pi-01"
+    with pytest.raises(ConfigError, match="is no regular file, and no bundle; copy the bundle"):
+        install_bundle(source, state)
 
 
 @pytest.mark.parametrize("cut", range(0, 1500, 100))
@@ -151,7 +185,7 @@ def test_a_bundle_that_was_copied_in_part_is_refused(tmp_path, state, cut):
         ("bundle.toml", b'version = 1\nname = "x"\nserver = "a b"', "neither a DNS name"),
         ("bundle.toml", b"\xff", "is no bundle"),
         ("ca.crt", b"x", "a certificate cannot be read"),
-        ("device.key", b"x", "device.key holds no private key"),
+        ("device.key", b"x", "device.key: it holds no private key that can be read"),
     ],
 )
 def test_a_file_that_holds_something_else_is_named(tmp_path, state, file, content, complaint):
@@ -160,6 +194,59 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, state, file, conten
         install_bundle(written(tmp_path, pack("pi-01", files)), state)
 
 
+def pem(key, form=serialization.PrivateFormat.OpenSSH):
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def garbled(key):
+    lines = key.splitlines(keepends=True)
+    lines[2] = lines[2].swapcase()  # still base64, but its point is not on the curve
+    return b"".join(lines)
+
+
+BAD_KEYS = {
+    "no base64": (
+        lambda: b"-----BEGIN OPENSSH PRIVATE KEY-----\n!\n-----END OPENSSH PRIVATE KEY-----\n",
+        "no private key that can be read",
+    ),
+    "cut": (lambda: make_device_key()[0][:200], "no private key that can be read"),
+    "garbled": (lambda: garbled(make_device_key()[0]), "no private key that can be read"),
+    "of another format": (
+        lambda: pem(ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.PKCS8),
+        "no private key that can be read",
+    ),
+    "of another curve": (
+        lambda: pem(ec.generate_private_key(ec.SECP256R1())),
+        "a private key of secp256r1, not of secp384r1",
+    ),
+    "of another kind": (
+        lambda: pem(ed25519.Ed25519PrivateKey.generate()),
+        "a private key of Ed25519PrivateKey, not of secp384r1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_KEYS)
+def test_a_bundle_with_a_bad_key_leaves_the_good_one_in_use(tmp_path, state, what):
+    good = files_of()
+    install_bundle(written(tmp_path, pack("pi-01", good)), state)
+    make_key, complaint = BAD_KEYS[what]
+    bad = written(tmp_path, pack("pi-01", good | {"device.key": make_key()}))
+    with pytest.raises(ConfigError, match=f"is no bundle: device.key: .*{complaint}"):
+        install_bundle(bad, state)
+    in_use = installed_bundle(state)
+    assert {name: (in_use.folder / name).read_bytes() for name in FILES} == good
+
+
+def test_a_bundle_with_a_cut_certificate_leaves_the_good_one_in_use(tmp_path, state):
+    good = files_of()
+    install_bundle(written(tmp_path, pack("pi-01", good)), state)
+    bad = written(tmp_path, pack("pi-01", good | {"ca.crt": good["ca.crt"][:300]}))
+    with pytest.raises(ConfigError, match="is no bundle: a certificate cannot be read"):
+        install_bundle(bad, state)
+    assert installed_bundle(state).authority_path.read_bytes() == good["ca.crt"]
+
+
 def test_a_bundle_that_is_not_there_is_named(tmp_path, state):
     with pytest.raises(ConfigError, match=r"there is no bundle, .*pi-01.tar.gz"):
-        install_bundle(tmp_path / "pi-01.tar.gz", state)
+        bundle_to_use(tmp_path / "pi-01.tar.gz", state)

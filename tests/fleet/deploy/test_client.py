@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,7 @@ def ending(code, *tail):
         (0, (), Seen("unknown", 0.0), "does not know the key of pi-01: it was taken out", 60),
         (1, NOT_ACTIVATED, Seen("unknown", 0.0), "fleet provision --add NAME", 60),
         (1, NOT_ACTIVATED, Seen("online", 0.0), "still counts this device as online", 5),
+        (1, NOT_ACTIVATED, Seen("online", 0.0), "in use on another device.*provision --add", 5),
         (1, NOT_ACTIVATED, Seen("registered", 0.0), "did not let this device in then", 0),
         (1, (), Seen("refused", 0.0, "no signature"), "no signature; .*--bundle", 60),
         (1, (), Seen("unreachable", problem="timed out"), r"cannot be reached \(timed out\)", 5),
@@ -167,6 +169,14 @@ def run(*arguments):
         (["--insecure", "--set", "name=x"], "name has an option of its own, --name"),
         (["--insecure", "--set", "x"], "--set takes KEY=VALUE, got 'x'"),
         (["--insecure", "--set", "x=[1]"], "--set x takes text, a number, true or false"),
+        (
+            ["--insecure", "--set", "bogus=1"],
+            "unknown setting bogus of a device's node; known: name, data, blocks, budget-mib, "
+            "weights, soft-temperature, least-battery",
+        ),
+        (["--insecure", "--weights", "/no/file.pth"], "--weights /no/file.pth is no file; name a"),
+        (["--insecure", "--set", "weights=/no/file.pth"], "--weights /no/file.pth is no file"),
+        (["--insecure", "--weights", "/"], "or one of: default, imagenet, none"),
         (["--insecure", "--trusted-entities", "no.yaml"], "no.yaml is no file"),
     ],
 )
@@ -179,6 +189,46 @@ def test_the_command_refuses_what_cannot_be(tmp_path, arguments, complaint):
 def test_data_that_is_no_folder_is_refused(tmp_path):
     result = run("--data", tmp_path / "none", "--state", tmp_path / "s", "--insecure")
     assert result.exit_code == 1 and "none is no folder; name one" in result.output
+
+
+@pytest.mark.parametrize("weights", ["none", "own.safetensors"])
+def test_weights_by_name_or_file_reach_the_node(tmp_path, monkeypatch, weights):
+    (tmp_path / "own.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(module, "run_client", lambda options, until: started.append(options))
+    done = run("--data", tmp_path, "--state", tmp_path / "s", "--insecure", "--weights", weights)
+    assert done.exit_code == 0, done.output
+    (options,) = started
+    options.check()
+    expected = {"none": "none", "own.safetensors": str(tmp_path / "own.safetensors")}
+    assert options.node["weights"] == expected[weights]
+
+
+@pytest.mark.parametrize("there", [None, "notes.txt", "cat/a.jpg", "train/cat/a.jpg"])
+def test_a_device_without_images_starts_with_one_warning(options, monkeypatch, caplog, there):
+    data = Path(options.node["data"])
+    if there is not None:
+        (data / there).parent.mkdir(parents=True, exist_ok=True)
+        (data / there).touch()
+    monkeypatch.setattr(module.Supervisor, "run", lambda self, beat: None)
+    module.run_client(options, lambda stop: None)
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    if there in (None, "notes.txt"):
+        (warning,) = warnings
+        assert f"there are no images in {data} yet" in warning
+        assert warning.endswith(f"in a folder of its own: {data}/CLASS/image.jpg")
+    else:
+        assert warnings == []
+
+
+def test_class_folders_may_be_links(options, monkeypatch, caplog, tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.jpg").touch()
+    (Path(options.node["data"]) / "cat").symlink_to(tmp_path / "cats")
+    monkeypatch.setattr(module.Supervisor, "run", lambda self, beat: None)
+    module.run_client(options, lambda stop: None)
+    assert "there are no images" not in caplog.text
 
 
 def test_a_second_client_in_the_same_state_is_refused(options):
