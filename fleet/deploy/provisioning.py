@@ -24,12 +24,13 @@ from fleet.deploy.certificates import (
     make_device_key,
     server_names,
 )
-from fleet.deploy.one_at_a_time import alone_in
+from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.registry import FILE_NAME as REGISTRY
 from fleet.deploy.registry import Device, check_name, read_devices, write_devices
 from fleet.errors import ConfigError
 
 EXPIRES_SOON_DAYS = 30
+_SERVER_LOCK = "server.lock"
 _LOCK_SECONDS = 10.0  # for another fleet provision to end; it takes less than one
 
 
@@ -73,6 +74,18 @@ class ServerFolder:
     def state_path(self) -> Path:
         """Flower's database, locks and logs, unless they are put elsewhere."""
         return self.path / "state"
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder for the one server that may work in it, wherever its state lies.
+
+        Raises:
+            ConfigError: if another one does.
+        """
+        return alone_in(self.path, "fleet server", option="--dir", file=_SERVER_LOCK)
+
+    def has_server(self) -> bool:
+        """Whether a server works in the folder now."""
+        return somebody_in(self.path, _SERVER_LOCK)
 
     def hosts(self) -> list[Address]:
         """The addresses that devices know, of which their bundles hold the first.

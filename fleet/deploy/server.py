@@ -53,7 +53,7 @@ class ServerOptions:
 
     Attributes:
         folder: of its keys, devices and runs.
-        state: of database, logs and lock.
+        state: of database and logs.
         host: that it listens on, next to loopback.
         port: of both.
         insecure: without TLS and keys, for trials on one machine.
@@ -99,10 +99,14 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         until: is given a function that stops it, to call from a signal's handler.
 
     Raises:
-        ConfigError: as `ServerOptions.check`, or if another server runs here.
+        ConfigError: as `ServerOptions.check`, or if another server works in the folder or
+            the state.
     """
     options.check()
-    with alone_in(options.state, "fleet server"):
+    with (
+        options.folder.alone(),
+        alone_in(options.state, "fleet server"),
+    ):
         supervisor = Supervisor(_children(options), options.state / "logs", options.state)
         attendant = Attendant(options, supervisor)
         thread = threading.Thread(target=attendant.run, name="attendant", daemon=True)

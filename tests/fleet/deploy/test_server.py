@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -66,6 +67,28 @@ def test_a_second_server_in_the_same_state_is_refused(options):
         pytest.raises(ConfigError, match=r"another fleet server runs in .* already"),
     ):
         module.serve(options, lambda stop: None)
+
+
+def test_a_second_server_in_the_same_folder_is_refused_wherever_its_state_lies(options, tmp_path):
+    elsewhere = replace(options, state=tmp_path / "elsewhere")
+    complaint = rf"another fleet server runs in {options.folder.path} already; .* with --dir"
+    with options.folder.alone(), pytest.raises(ConfigError, match=complaint):
+        module.serve(elsewhere, lambda stop: None)
+    assert not elsewhere.state.exists()
+
+
+def test_a_server_is_found_by_its_folder_while_it_serves(options, monkeypatch, tmp_path):
+    """Whatever its --state, be it the folder itself."""
+    for state in (tmp_path / "elsewhere", options.folder.path):
+        found = []
+
+        def stop_at_once(stop, found=found):
+            found.append(options.folder.has_server())
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            module.serve(replace(options, state=state), stop_at_once)
+        assert found == [True] and not options.folder.has_server()
 
 
 def test_flower_is_started_with_everything_on(options, folder):
@@ -235,7 +258,7 @@ def test_a_run_needs_a_server_that_runs(folder):
 def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         result = run(
             *("run", "--dir", folder.path, "--name", "one", "--detach", "--data", "images"),
             *("--rounds", 3, "--set", "blocks=2", "--set", "evaluation=clients"),
@@ -257,21 +280,21 @@ def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monk
         (["--set", "round=3"], "unknown setting round; known:"),
         (["--set", "rounds=many"], "rounds must be int, got 'many'"),
         (["--name", "a/b"], "run name 'a/b' cannot be used"),
-        (["--resume", "x"], "there is no wish for a run (known: none)"),
-        (["--stop", "x"], "there is no wish for a run (known: none)"),
+        (["--resume", "x"], "there is no run x; fleet run --list shows all"),
+        (["--stop", "x"], "there is no run x; fleet run --list shows all"),
         (["--stop", "x", "--rounds", "3"], "--stop stands alone"),
         (["--stop", "x", "--resume", "y"], "--resume stands alone"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, arguments, complaint):
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         result = run("run", "--dir", folder.path, *arguments)
     assert result.exit_code == 1 and complaint in result.output
     assert not list(folder.path.glob("runs/*.toml"))
 
 
 def test_runs_are_listed_and_stopped_without_a_server(folder):
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         assert run("run", "--dir", folder.path, "--name", "one", "--detach").exit_code == 0
     (listed,) = json.loads(run("run", "--dir", folder.path, "--list", "--format", "json").output)
     assert (listed["name"], listed["status"], listed["submissions"]) == ("one", "waiting", 0)
