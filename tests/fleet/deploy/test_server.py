@@ -16,6 +16,7 @@ from fleet.cli import main
 from fleet.deploy import server as module
 from fleet.deploy.addresses import Address
 from fleet.deploy.app_bundle import app_files, build_app
+from fleet.deploy.control import ControlError
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
@@ -199,6 +200,68 @@ def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, mo
     attendant.stop()
     thread.join()
     assert caplog.text.count("the registry cannot be read; tried again") == 1
+
+
+@pytest.fixture
+def attended(options, monkeypatch):
+    """An attendant of a SuperLink that is well, and how often it has attended the runs."""
+    monkeypatch.setattr(module, "answers", lambda *_: True)
+    attendant = Attendant(options, FakeSupervisor())
+    attendant._control = FakeControl()
+    attended = []
+    monkeypatch.setattr(attendant._runs, "attend", attended.append)
+    return attendant, attended
+
+
+class FakeControl:
+    closed = False
+
+    def nodes(self):
+        return []
+
+    def register(self, public_key, name):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ("registry_path", "devices.toml cannot be read"),
+        ("certificate_path", "a certificate cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_once_and_runs_are_attended(
+    attended, options, caplog, broken, complaint
+):
+    attendant, attended = attended
+    path = getattr(options.folder, broken)
+    before = path.read_bytes()
+    for content in (b"[[", b"[["), (before,), (b"[[",):
+        told = caplog.text.count(complaint)
+        for broken_or_not in content:
+            path.write_bytes(broken_or_not)
+            with attendant._complaints("round"):
+                attendant._go_round()
+        assert caplog.text.count(complaint) - told == (content != (before,))
+    assert len(attended) == 4
+
+
+def test_a_superlink_that_is_lost_at_the_devices_is_asked_nothing_more(
+    attended, monkeypatch, caplog
+):
+    attendant, attended = attended
+    control = attendant._control
+
+    def fail(devices, control):
+        raise ControlError("the SuperLink did not list its nodes: away", refused=False)
+
+    monkeypatch.setattr(attendant._membership, "reconcile", fail)
+    with pytest.raises(ControlError, match="did not list its nodes"):
+        attendant._go_round()
+    assert control.closed and attendant._control is None and not attended
 
 
 def test_nobody_there_does_not_answer(folder):
