@@ -116,10 +116,22 @@ def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
     if not settings.get("run-dir"):
         settings["run-dir"] = str(wishes.folder / name)
     config = read_config(settings)
+    _check_files(config)
     # The server works in another folder than the user.
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | _absolute_paths(config) | {"run-dir": str(record.path)}
     wishes.make(name, Wish(run_dir=str(record.path), settings=final), build_app())
+
+
+def _check_files(config: RunConfig) -> None:
+    """Data and weights that are not there are told now, and not once devices wait."""
+    from fleet.data import check_source
+    from fleet.weights import check_weights_file
+
+    if config.federation.evaluation == "server":  # else devices alone read images, their own
+        check_source(config.data.source)
+    if config.model.weights not in WEIGHTS:
+        check_weights_file(Path(config.model.weights))
 
 
 def _absolute_paths(config: RunConfig) -> dict[str, Value]:

@@ -174,6 +174,27 @@ def test_a_run_that_never_gets_anywhere_is_given_up_with_the_reason(flower, atte
     )
 
 
+FAULT = "ServerApp failed with exception: the run cannot begin: unknown model x\n"
+
+
+def test_a_run_that_cannot_begin_fails_at_once_and_can_be_asked_to_go_on(wishes, flower, attend):
+    attend()
+    flower.end("failed", FAULT)
+    standing = attend()
+    assert standing.status == attend().status == "failed"
+    assert standing.reason == "the run cannot begin: unknown model x"
+    assert len(flower.submitted) == 1
+    wishes.resume("first")
+    assert attend().status == "running"
+
+
+def test_one_that_has_begun_is_tried_again_whatever_it_says(wishes, flower, attend):
+    attend()
+    add_round(wishes, 0)
+    flower.end("failed", FAULT)
+    assert attend().status == "waiting" and attend().status == "running"
+
+
 def test_a_run_that_gets_on_is_never_given_up(wishes, flower, attend):
     for number in range(10):
         assert attend().status == "running"

@@ -342,6 +342,8 @@ def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monk
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--set", "round=3"], "unknown setting round; known:"),
         (["--set", "rounds=many"], "rounds must be int, got 'many'"),
+        (["--data", "no/such/images"], "data no/such/images does not exist; known forms: digits"),
+        (["--weights", "no.safetensors"], "no weights file no.safetensors; name a .safetensors"),
         (["--name", "a/b"], "run name 'a/b' cannot be used"),
         (["--resume", "x"], "there is no run x; fleet run --list shows all"),
         (["--stop", "x"], "there is no run x; fleet run --list shows all"),
@@ -354,6 +356,15 @@ def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, argumen
         result = run("run", "--dir", folder.path, *arguments)
     assert result.exit_code == 1 and complaint in result.output
     assert not list(folder.path.glob("runs/*.toml"))
+
+
+def test_where_devices_evaluate_the_server_needs_no_images(folder):
+    with folder.alone():
+        result = run(
+            *("run", "--dir", folder.path, "--detach", "--data", "no/such/images"),
+            *("--evaluation", "clients"),
+        )
+    assert result.exit_code == 0, result.output
 
 
 def test_runs_are_listed_and_stopped_without_a_server(folder):
