@@ -1,5 +1,9 @@
 """What can go wrong, by whom it is mended."""
 
+# Begins the message of a run that settings, data or weights keep from beginning. Flower
+# passes on an error's text alone: by this a server knows that trying again is no use.
+CANNOT_BEGIN = "the run cannot begin: "
+
 
 class FleetError(Exception):
     """Base of every error that this project raises on purpose.

@@ -39,6 +39,19 @@ def packaged_lite0(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(model.state_dict(), tensors.values(), strict=True))
 
 
+def check_weights_file(path: Path) -> None:
+    """Refuse weights that are no file.
+
+    Raises:
+        ConfigError: naming what can be given.
+    """
+    if not os.path.isfile(path.expanduser()):  # Path's own raises for a name that is too long
+        raise ConfigError(
+            f"no weights file {path}; name a .safetensors or .pth file, "
+            f"or one of: default, imagenet, none"
+        )
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or `.pth`/`.pt` file, by name.
 
@@ -51,11 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             anything but dense tensors with names.
     """
     path = path.expanduser()
-    if not os.path.isfile(path):  # Path's own raises for a name that is too long
-        raise ConfigError(
-            f"no weights file {path}; name a .safetensors or .pth file, "
-            f"or one of: default, imagenet, none"
-        )
+    check_weights_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -4,7 +4,7 @@ import contextlib
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fleet.backbones import Backbone, backbone_of
 from fleet.config import RunConfig, read_config
 from fleet.data import ImageData, load_data
-from fleet.errors import ConfigError, FleetError, UpdateError
+from fleet.errors import CANNOT_BEGIN, ConfigError, FleetError, PlanError, UpdateError
 from fleet.evaluation import Evaluation, evaluate
 from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, make_plan
@@ -38,7 +38,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds and save what they came to."""
     try:
-        run(grid, read_config(context.run_config))
+        with _cannot_begin():
+            config = read_config(context.run_config)
+        run(grid, config)
     except FleetError as error:
         log(ERROR, "%s", error)
         raise
@@ -54,12 +56,14 @@ def run(grid: Grid, config: RunConfig) -> None:
         kept = _standing(config, while_it_runs)
         federation = config.federation
         # What is wrong is told before anybody is waited for.
-        _check_plans(algorithm(federation, config.seed), config)
-        test = _held_out(config) if federation.evaluation == "server" else None
+        with _cannot_begin():
+            _check_plans(algorithm(federation, config.seed), config)
+            test = _held_out(config) if federation.evaluation == "server" else None
         roster = Roster(grid, timeout=federation.round_timeout)
         online = roster.wait_for({*kept.cohort} if kept else set(), federation.min_clients)
         classes = kept.classes if kept else test.classes if test else roster.classes()
-        model = _GlobalModel.of(config, classes)
+        with _cannot_begin():
+            model = _GlobalModel.of(config, classes)
         if kept and kept.plan_digest != model.plan.digest:
             raise ConfigError(
                 f"the plan is {model.plan.digest[:8]}, and was {kept.plan_digest[:8]} as the run "
@@ -72,6 +76,15 @@ def run(grid: Grid, config: RunConfig) -> None:
         strategy.run(grid)
         keeper.finish()
         _conclude(record, config, model.plan)
+
+
+@contextlib.contextmanager
+def _cannot_begin() -> Iterator[None]:
+    """Mark what the user has to mend; that too few clients came is nothing of the kind."""
+    try:
+        yield
+    except (ConfigError, PlanError) as error:
+        raise type(error)(f"{CANNOT_BEGIN}{error}") from error
 
 
 def _strategy(

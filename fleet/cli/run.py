@@ -18,6 +18,7 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
 
 if TYPE_CHECKING:
+    from fleet.deploy.provisioning import ServerFolder
     from fleet.deploy.wishes import Standing, Wishes
 
 _POLL_SECONDS = 0.5
@@ -44,11 +45,6 @@ _POLL_SECONDS = 0.5
 @click.option("--resume", "resumed", metavar="RUN", help="Let a run that is over go on, or follow.")
 @click.option("--stop", "stopped", metavar="RUN", help="End a run; --resume lets it go on.")
 @click.option("--list", "listed", is_flag=True, help="Show all runs.")
-@click.option(
-    "--state",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The server's, if it was started with --state.",
-)
 @setting_options
 @format_option("text", "json")
 def command(
@@ -59,7 +55,6 @@ def command(
     resumed: str | None,
     stopped: str | None,
     listed: bool,
-    state: Path | None,
     output_format: str,
     **options: Any,
 ) -> None:
@@ -86,7 +81,7 @@ def command(
         wishes.stop(stopped)
         click.echo(f"run {stopped} is to stop; let it go on with: fleet run --resume {stopped}")
         return
-    _check_server(server.state_path if state is None else state, folder)
+    _check_server(server)
     if resumed is not None:
         name = resumed
         wishes.resume(name)
@@ -106,11 +101,11 @@ def _check_one_wish(given: dict[str, object], settings: dict[str, Value]) -> Non
         raise ConfigError(f"{wishes[0]} stands alone: a run that there is keeps its settings")
 
 
-def _check_server(state: Path, folder: Path) -> None:
-    from fleet.deploy.one_at_a_time import somebody_in
-
-    if not somebody_in(state):
-        raise ConfigError(f"no server runs in {folder}; start it with: fleet server --dir {folder}")
+def _check_server(server: "ServerFolder") -> None:
+    if not server.has_server():
+        raise ConfigError(
+            f"no server runs in {server.path}; start it with: fleet server --dir {server.path}"
+        )
 
 
 def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
@@ -121,10 +116,22 @@ def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
     if not settings.get("run-dir"):
         settings["run-dir"] = str(wishes.folder / name)
     config = read_config(settings)
+    _check_files(config)
     # The server works in another folder than the user.
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | _absolute_paths(config) | {"run-dir": str(record.path)}
     wishes.make(name, Wish(run_dir=str(record.path), settings=final), build_app())
+
+
+def _check_files(config: RunConfig) -> None:
+    """Data and weights that are not there are told now, and not once devices wait."""
+    from fleet.data import check_source
+    from fleet.weights import check_weights_file
+
+    if config.federation.evaluation == "server":  # else devices alone read images, their own
+        check_source(config.data.source)
+    if config.model.weights not in WEIGHTS:
+        check_weights_file(Path(config.model.weights))
 
 
 def _absolute_paths(config: RunConfig) -> dict[str, Value]:

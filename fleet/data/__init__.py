@@ -5,7 +5,7 @@ from fleet.data.batches import ImageBatches, batch_positions, to_tensor, visitin
 from fleet.data.datasets import of_dataset
 from fleet.data.images import ImageData
 from fleet.data.partitions import partition
-from fleet.data.sources import BUILT_IN, load_data, load_device_data
+from fleet.data.sources import BUILT_IN, check_source, load_data, load_device_data
 from fleet.data.splits import split_validation
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ImageBatches",
     "ImageData",
     "batch_positions",
+    "check_source",
     "load_data",
     "load_device_data",
     "of_dataset",

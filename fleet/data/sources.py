@@ -101,8 +101,21 @@ def _open(source: str, split: Split, skip_unreadable: bool) -> ImageData:
         return load_hugging_face(source.removeprefix("hf:"), split)
     if os.path.exists(path):  # Path's own raises for a name that is too long
         return _open_path(path, split, skip_unreadable)
+    check_source(source)
+    return load_hugging_face(source, split)  # the one form that is left
+
+
+def check_source(source: str) -> None:
+    """Refuse what is of no known form, or a path that is not there; nothing is read.
+
+    Raises:
+        ConfigError: naming the forms.
+    """
+    path = Path(source).expanduser()
+    if source in BUILT_IN or source.startswith("hf:") or os.path.exists(path):
+        return
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in SUFFIXES:
-        return load_hugging_face(source, split)
+        return  # of Hugging Face
     if "/" in source or os.sep in source or path.suffix:
         raise ConfigError(f"data {source} does not exist; known forms: {FORMS}")
     raise ConfigError(f"data {source!r} is neither a known name nor a path here; known: {FORMS}")

@@ -5,8 +5,9 @@ DIR/server            certificate, key, registry of devices; runs, once there ar
 DIR/pi-01             a device's bundle, and the same as pi-01.tar.gz
 """
 
+import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,14 @@ from fleet.deploy.certificates import (
     make_device_key,
     server_names,
 )
+from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.registry import FILE_NAME as REGISTRY
 from fleet.deploy.registry import Device, check_name, read_devices, write_devices
 from fleet.errors import ConfigError
 
 EXPIRES_SOON_DAYS = 30
+_SERVER_LOCK = "server.lock"
+_LOCK_SECONDS = 10.0  # for another fleet provision to end; it takes less than one
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,18 @@ class ServerFolder:
     def state_path(self) -> Path:
         """Flower's database, locks and logs, unless they are put elsewhere."""
         return self.path / "state"
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder for the one server that may work in it, wherever its state lies.
+
+        Raises:
+            ConfigError: if another one does.
+        """
+        return alone_in(self.path, "fleet server", option="--dir", file=_SERVER_LOCK)
+
+    def has_server(self) -> bool:
+        """Whether a server works in the folder now."""
+        return somebody_in(self.path, _SERVER_LOCK)
 
     def hosts(self) -> list[Address]:
         """The addresses that devices know, of which their bundles hold the first.
@@ -118,7 +134,11 @@ class Provisioned:
 
 
 class Provisioner:
-    """Makes and changes what lies in one folder, `out`."""
+    """Makes and changes what lies in one folder, `out`.
+
+    Of several that change it at the same time each waits for its turn, so that no
+    change is lost. One whose turn does not come raises a ConfigError.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -134,21 +154,11 @@ class Provisioner:
         Raises:
             ConfigError: if there is an authority already, or a name cannot be used.
         """
-        if self._authority_path("ca.key").exists() or self.server.path.exists():
-            raise ConfigError(
-                f"{self.out} is provisioned already; add devices with --add NAME, renew the "
-                f"server's certificate with --renew, or name another folder with --out"
-            )
-        self._check_new(devices, {})
-        authority = make_authority()
-        private_files.make_private_folder(self.out / "authority")
-        private_files.write_new(self._authority_path("ca.key"), authority.key)
-        private_files.write_new(self._authority_path("ca.crt"), authority.certificate)
-        private_files.make_private_folder(self.server.path)
-        private_files.write_new(self.server.authority_path, authority.certificate)
-        self._write_server(authority, hosts)
-        write_devices(self.server.registry_path, {})
-        self.add(devices)
+        for name in devices:  # before there is a folder
+            check_name(name)
+        private_files.make_private_folder(self.out)
+        with self._alone():
+            self._begin(hosts, devices)
 
     def add(self, names: Sequence[str]) -> None:
         """Give devices keys and bundles, and register the keys.
@@ -156,21 +166,8 @@ class Provisioner:
         Raises:
             ConfigError: if a device of that name takes part already, or a name cannot be used.
         """
-        devices = read_devices(self.server.registry_path)
-        hosts = self.server.hosts()
-        if not hosts:
-            raise ConfigError(f"{self.server.settings_path} has no hosts; run --renew --host NAME")
-        authority = private_files.read(
-            self.server.authority_path, "authority's certificate", "provision anew"
-        )
-        self._check_new(names, devices)
-        for name in names:
-            private, public = make_device_key()
-            files = bundle_files(name, hosts[0], authority, private)
-            self._write_bundle(name, files)
-            devices.pop(name, None)  # a revoked one comes back as the newest
-            devices[name] = Device(name, public, _now())
-            write_devices(self.server.registry_path, devices)
+        with self._alone():
+            self._add(names)
 
     def revoke(self, names: Sequence[str]) -> None:
         """Take devices out of the fleet.
@@ -178,18 +175,8 @@ class Provisioner:
         Raises:
             ConfigError: if there is no such device, or it is out already.
         """
-        devices = read_devices(self.server.registry_path)
-        _check_distinct(names)
-        for name in names:
-            device = devices.get(name)
-            if device is None:
-                raise ConfigError(
-                    f"there is no device {name}; known: {', '.join(devices) or 'none'}"
-                )
-            if device.revoked is not None:
-                raise ConfigError(f"device {name} was revoked already, {device.revoked:%Y-%m-%d}")
-            devices[name] = Device(name, device.public_key, device.added, _now())
-        write_devices(self.server.registry_path, devices)
+        with self._alone():
+            self._revoke(names)
 
     def renew(self, hosts: Sequence[Address] = ()) -> None:
         """Give the server a new key and certificate; devices' bundles stay good.
@@ -200,12 +187,8 @@ class Provisioner:
         Raises:
             ConfigError: if the authority's key is not here.
         """
-        where = "renew where the folder authority is kept, or put it back from a backup"
-        authority = Signed(
-            private_files.read(self._authority_path("ca.crt"), "authority's certificate", where),
-            private_files.read(self._authority_path("ca.key"), "authority's key", where),
-        )
-        self._write_server(authority, hosts or self.server.hosts())
+        with self._alone():
+            self._renew(hosts)
 
     def show(self) -> Provisioned:
         """What there is.
@@ -227,6 +210,72 @@ class Provisioner:
     def bundle_path(self, name: str) -> Path:
         """The archive that is copied to a device."""
         return self.out / f"{name}{SUFFIX}"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self.out.is_dir():  # nothing to change, as whoever tries to will be told
+            yield
+            return
+        with alone_in(
+            self.out, "fleet provision", option="--out", file=None, wait_seconds=_LOCK_SECONDS
+        ):
+            yield
+
+    def _begin(self, hosts: Sequence[Address], devices: Sequence[str]) -> None:
+        if self._authority_path("ca.key").exists() or self.server.path.exists():
+            raise ConfigError(
+                f"{self.out} is provisioned already; add devices with --add NAME, renew the "
+                f"server's certificate with --renew, or name another folder with --out"
+            )
+        self._check_new(devices, {})
+        authority = make_authority()
+        private_files.make_private_folder(self.out / "authority")
+        private_files.write_new(self._authority_path("ca.key"), authority.key)
+        private_files.write_new(self._authority_path("ca.crt"), authority.certificate)
+        private_files.make_private_folder(self.server.path)
+        private_files.write_new(self.server.authority_path, authority.certificate)
+        self._write_server(authority, hosts)
+        write_devices(self.server.registry_path, {})
+        self._add(devices)
+
+    def _add(self, names: Sequence[str]) -> None:
+        devices = read_devices(self.server.registry_path)
+        hosts = self.server.hosts()
+        if not hosts:
+            raise ConfigError(f"{self.server.settings_path} has no hosts; run --renew --host NAME")
+        authority = private_files.read(
+            self.server.authority_path, "authority's certificate", "provision anew"
+        )
+        self._check_new(names, devices)
+        for name in names:
+            private, public = make_device_key()
+            files = bundle_files(name, hosts[0], authority, private)
+            self._write_bundle(name, files)
+            devices.pop(name, None)  # a revoked one comes back as the newest
+            devices[name] = Device(name, public, _now())
+            write_devices(self.server.registry_path, devices)
+
+    def _revoke(self, names: Sequence[str]) -> None:
+        devices = read_devices(self.server.registry_path)
+        _check_distinct(names)
+        for name in names:
+            device = devices.get(name)
+            if device is None:
+                raise ConfigError(
+                    f"there is no device {name}; known: {', '.join(devices) or 'none'}"
+                )
+            if device.revoked is not None:
+                raise ConfigError(f"device {name} was revoked already, {device.revoked:%Y-%m-%d}")
+            devices[name] = Device(name, device.public_key, device.added, _now())
+        write_devices(self.server.registry_path, devices)
+
+    def _renew(self, hosts: Sequence[Address]) -> None:
+        where = "renew where the folder authority is kept, or put it back from a backup"
+        authority = Signed(
+            private_files.read(self._authority_path("ca.crt"), "authority's certificate", where),
+            private_files.read(self._authority_path("ca.key"), "authority's key", where),
+        )
+        self._write_server(authority, hosts or self.server.hosts())
 
     def _write_server(self, authority: Signed, hosts: Sequence[Address]) -> None:
         if not hosts:

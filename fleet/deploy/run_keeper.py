@@ -3,7 +3,8 @@
 Flower marks a run failed if its SuperLink was away for long, or the process of its
 ServerApp has died. Such a run is submitted again and goes on from its checkpoint.
 One that fails by its own fault would fail for ever: it is given up once it has
-been lost three times in a row without a new round on record. For want of devices it
+been lost three times in a row without a new round on record, and at once if its
+ServerApp says that settings, data or weights keep it from beginning. For want of devices it
 is never given up: it waits until there are enough.
 """
 
@@ -25,7 +26,7 @@ from fleet.deploy.wishes import (
     Wish,
     Wishes,
 )
-from fleet.errors import ConfigError, FleetError
+from fleet.errors import CANNOT_BEGIN, ConfigError, FleetError
 from fleet.records import RunRecord
 
 MOST_FRUITLESS = 3
@@ -111,6 +112,8 @@ class RunKeeper:
             return replace(standing, status=FINISHED, reason="")
         if run is not None and run.outcome == "stopped":
             return replace(standing, status=STOPPED, reason="it was stopped through Flower")
+        if fault := _cannot_begin(run, wish):
+            return replace(standing, status=FAILED, reason=fault)
         return self._lost(name, wish, standing, _why(run), _missing_devices(wish, control))
 
     def _submit(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
@@ -175,6 +178,18 @@ def _why(run: FlowerRun | None) -> str:
     if run.outcome == "completed":
         return "Flower says that it is complete, and it has no summary"
     return run.details.strip() or f"Flower says that it has {run.outcome}"
+
+
+def _cannot_begin(run: FlowerRun | None, wish: Wish) -> str:
+    """What keeps a run from beginning, in the words of its ServerApp; empty: nothing known.
+
+    One that has begun was able to: its data are away for a while, on a disk that is
+    mounted late, for one. It is tried again.
+    """
+    if run is None or run.outcome != "failed" or _rounds(wish):
+        return ""
+    _, mark, why = run.details.partition(CANNOT_BEGIN)
+    return f"{mark}{why}".strip()
 
 
 def _rounds(wish: Wish) -> int:

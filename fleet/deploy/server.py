@@ -4,13 +4,14 @@ One process holds two of Flower's. Two threads work in it: the supervisor, which
 never made to wait, and the attendant, which talks with the SuperLink.
 """
 
+import contextlib
 import logging
 import secrets
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -53,7 +54,7 @@ class ServerOptions:
 
     Attributes:
         folder: of its keys, devices and runs.
-        state: of database, logs and lock.
+        state: of database and logs.
         host: that it listens on, next to loopback.
         port: of both.
         insecure: without TLS and keys, for trials on one machine.
@@ -99,10 +100,14 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         until: is given a function that stops it, to call from a signal's handler.
 
     Raises:
-        ConfigError: as `ServerOptions.check`, or if another server runs here.
+        ConfigError: as `ServerOptions.check`, or if another server works in the folder or
+            the state.
     """
     options.check()
-    with alone_in(options.state, "fleet server"):
+    with (
+        options.folder.alone(),
+        alone_in(options.state, "fleet server"),
+    ):
         supervisor = Supervisor(_children(options), options.state / "logs", options.state)
         attendant = Attendant(options, supervisor)
         thread = threading.Thread(target=attendant.run, name="attendant", daemon=True)
@@ -204,16 +209,14 @@ class Attendant:
         self._devices_due = self._expiry_due = 0.0
         self._starts = 0
         self._registry_stamp = self._certificate_stamp = self._stamp(certificate=True)
-        self._complained = ""
+        self._complained: dict[str, str] = {}
 
     def run(self) -> None:
         """Go round until `stop` is called."""
         while not self._stopped.wait(_ATTEND_SECONDS):
             try:
-                self._go_round()
-                self._complained = ""
-            except FleetError as error:
-                self._complain(str(error))
+                with self._complaints("round"):
+                    self._go_round()
             except Exception:  # a server outlives what nobody foresaw
                 _log.exception("the attendant goes on after an error")
             self.came_round = time.monotonic()
@@ -223,14 +226,16 @@ class Attendant:
         self._stopped.set()
 
     def _go_round(self) -> None:
-        self._look_at_certificate()
+        with self._complaints("certificate"):
+            self._look_at_certificate()
         if self.supervisor.uptime(SUPERLINK) is None or not self._is_well():
             return
         if self._control is None:
             self._control = Control(self.options.here, self.options.authority)
         try:
             if not self.options.insecure:
-                self._look_after_devices(self._control)
+                with self._complaints("devices"):
+                    self._look_after_devices(self._control)
             self._runs.attend(self._control)
         except ControlError:
             self._control.close()
@@ -292,10 +297,21 @@ class Attendant:
             return (0, 0)
         return (found.st_mtime_ns, found.st_ino)
 
-    def _complain(self, what: str) -> None:
-        if what != self._complained:
-            _log.warning("%s; tried again", what)
-        self._complained = what
+    @contextlib.contextmanager
+    def _complaints(self, part: str) -> Iterator[None]:
+        """Tell once what goes wrong in a part, so that the parts behind it are done all the same.
+
+        A SuperLink that cannot be reached ends them too.
+        """
+        try:
+            yield
+            self._complained.pop(part, None)
+        except FleetError as error:
+            if isinstance(error, ControlError) and part != "round":
+                raise
+            if str(error) != self._complained.get(part):
+                _log.warning("%s; tried again", error)
+            self._complained[part] = str(error)
 
 
 def answers(address: Address, authority: Path | None, seconds: float = 10.0) -> bool:

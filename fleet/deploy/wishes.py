@@ -123,8 +123,10 @@ class Wishes:
         Raises:
             ConfigError: if there is none of that name, or it cannot be read.
         """
-        known = ", ".join(self.names()) or "none"
-        return _read_table(self._path(name, _WISH), Wish, f"wish for a run (known: {known})")
+        path = self._path(name, _WISH)
+        if not path.exists():
+            raise ConfigError(f"there is no run {name}; fleet run --list shows all")
+        return _read_table(path, Wish, "wish for a run")
 
     def write(self, name: str, wish: Wish) -> None:
         """Change a wish."""

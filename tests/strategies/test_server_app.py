@@ -16,7 +16,7 @@ from clients.local_update import train_task
 from fleet.backbones import load_backbone
 from fleet.config import default_settings
 from fleet.data import load_data
-from fleet.errors import ConfigError, PlanError
+from fleet.errors import CANNOT_BEGIN, ConfigError, PlanError
 from fleet.evaluation import evaluate
 from fleet.plan import make_plan
 from fleet.records import RunRecord
@@ -251,6 +251,32 @@ def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_pat
     with pytest.raises(PlanError, match="blocks is 99, mobilenet_v3_small has 11"):
         launch(blocks="1,99")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"data": "no/such/images"}, "data no/such/images does not exist"),
+        ({"weights": "no.pth"}, "no weights file no.pth"),
+        (
+            {"strategy": "feddyn", "objective": "feddyn"},
+            "blocks is 0,1,2, which gives clients unequal plans",
+        ),
+        ({"blocks": "99"}, "blocks is 99, mobilenet_v3_small has 11"),
+    ],
+)
+def test_what_keeps_a_run_from_beginning_is_told_as_such(launch, setting, why):
+    """Of an error Flower passes on the text: the server knows it by its first words."""
+    with pytest.raises((ConfigError, PlanError)) as caught:
+        launch(**setting)
+    assert str(caught.value).startswith(f"{CANNOT_BEGIN}{why}")
+
+
+def test_too_few_clients_do_not_keep_a_run_from_beginning(launch):
+    with pytest.raises(ConfigError, match="3 clients are online after 1 s") as caught:
+        launch(min_clients=4, round_timeout=1.0)
+    assert CANNOT_BEGIN not in str(caught.value)
 
 
 def test_feddyn_is_told_how_many_clients_the_fleet_has(launch, monkeypatch):

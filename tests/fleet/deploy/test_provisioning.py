@@ -1,6 +1,9 @@
 import json
 import os
 import ssl
+import subprocess
+import sys
+import threading
 
 import pytest
 from click.testing import CliRunner
@@ -233,4 +236,51 @@ def test_a_disk_that_cannot_be_written_is_named(fleet, monkeypatch):
     before = contents(fleet.out)
     with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device; free space"):
         fleet.revoke(["pi-01"])
+    assert contents(fleet.out) == before
+
+
+def test_changes_at_the_same_time_all_count(fleet):
+    names = [f"device-{number}" for number in range(8)]
+    fleet.add(names)
+    code = "import sys; from pathlib import Path; from fleet.deploy.provisioning import Provisioner"
+    code += "; sys.stdin.readline(); getattr(Provisioner(Path(sys.argv[1])), sys.argv[2])"
+    code += "(sys.argv[3:])"
+    calls = [("add", "new-1", "new-2", "new-3"), ("revoke", *names[:4])]
+    calls += [("revoke", *names[4:]), ("add", "new-4", "new-5")]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(fleet.out), *call], stdin=subprocess.PIPE)
+        for call in calls
+    ]
+    for process in processes:
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.stdin.close()
+        assert process.wait(60) == 0
+    there = devices(fleet)
+    assert {name for name in there if there[name].revoked is not None} == set(names)
+    assert {f"new-{number}" for number in range(1, 6)} <= there.keys()
+
+
+def test_a_change_reads_what_another_wrote_before_its_turn(fleet):
+    """Whatever the timing: while the folder is held, nothing is read or written."""
+    late = threading.Thread(target=fleet.add, args=(["pi-03"],))
+    with fleet._alone():
+        late.start()
+        late.join(0.3)
+        assert late.is_alive() and "pi-03" not in devices(fleet)
+        fleet._revoke(["pi-02"])
+    late.join()
+    assert devices(fleet)["pi-02"].revoked is not None and "pi-03" in devices(fleet)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments"), [("add", ["pi-03"]), ("revoke", ["pi-01"]), ("renew", [])]
+)
+def test_one_whose_turn_does_not_come_is_told_of_the_other(fleet, monkeypatch, change, arguments):
+    monkeypatch.setattr("fleet.deploy.provisioning._LOCK_SECONDS", 0.1)
+    before = contents(fleet.out)
+    complaint = f"another fleet provision runs in {fleet.out} already; .* with --out"
+    with fleet._alone(), pytest.raises(ConfigError, match=complaint):
+        getattr(fleet, change)(arguments)
     assert contents(fleet.out) == before

@@ -174,6 +174,27 @@ def test_a_run_that_never_gets_anywhere_is_given_up_with_the_reason(flower, atte
     )
 
 
+FAULT = "ServerApp failed with exception: the run cannot begin: unknown model x\n"
+
+
+def test_a_run_that_cannot_begin_fails_at_once_and_can_be_asked_to_go_on(wishes, flower, attend):
+    attend()
+    flower.end("failed", FAULT)
+    standing = attend()
+    assert standing.status == attend().status == "failed"
+    assert standing.reason == "the run cannot begin: unknown model x"
+    assert len(flower.submitted) == 1
+    wishes.resume("first")
+    assert attend().status == "running"
+
+
+def test_one_that_has_begun_is_tried_again_whatever_it_says(wishes, flower, attend):
+    attend()
+    add_round(wishes, 0)
+    flower.end("failed", FAULT)
+    assert attend().status == "waiting" and attend().status == "running"
+
+
 def test_a_run_that_gets_on_is_never_given_up(wishes, flower, attend):
     for number in range(10):
         assert attend().status == "running"
@@ -321,6 +342,6 @@ def test_a_name_is_used_once(wishes):
         wishes.make("first", wishes.read("first"), b"")
 
 
-def test_one_that_nobody_wished_for_is_named_with_those_there_are(wishes):
-    with pytest.raises(ConfigError, match=r"known: first.*fleet run --list"):
+def test_one_that_nobody_wished_for_is_named(wishes):
+    with pytest.raises(ConfigError, match="there is no run second; fleet run --list shows all"):
         wishes.read("second")

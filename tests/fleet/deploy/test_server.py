@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -15,6 +16,7 @@ from fleet.cli import main
 from fleet.deploy import server as module
 from fleet.deploy.addresses import Address
 from fleet.deploy.app_bundle import app_files, build_app
+from fleet.deploy.control import ControlError
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
@@ -66,6 +68,28 @@ def test_a_second_server_in_the_same_state_is_refused(options):
         pytest.raises(ConfigError, match=r"another fleet server runs in .* already"),
     ):
         module.serve(options, lambda stop: None)
+
+
+def test_a_second_server_in_the_same_folder_is_refused_wherever_its_state_lies(options, tmp_path):
+    elsewhere = replace(options, state=tmp_path / "elsewhere")
+    complaint = rf"another fleet server runs in {options.folder.path} already; .* with --dir"
+    with options.folder.alone(), pytest.raises(ConfigError, match=complaint):
+        module.serve(elsewhere, lambda stop: None)
+    assert not elsewhere.state.exists()
+
+
+def test_a_server_is_found_by_its_folder_while_it_serves(options, monkeypatch, tmp_path):
+    """Whatever its --state, be it the folder itself."""
+    for state in (tmp_path / "elsewhere", options.folder.path):
+        found = []
+
+        def stop_at_once(stop, found=found):
+            found.append(options.folder.has_server())
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            module.serve(replace(options, state=state), stop_at_once)
+        assert found == [True] and not options.folder.has_server()
 
 
 def test_flower_is_started_with_everything_on(options, folder):
@@ -178,6 +202,68 @@ def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, mo
     assert caplog.text.count("the registry cannot be read; tried again") == 1
 
 
+@pytest.fixture
+def attended(options, monkeypatch):
+    """An attendant of a SuperLink that is well, and how often it has attended the runs."""
+    monkeypatch.setattr(module, "answers", lambda *_: True)
+    attendant = Attendant(options, FakeSupervisor())
+    attendant._control = FakeControl()
+    attended = []
+    monkeypatch.setattr(attendant._runs, "attend", attended.append)
+    return attendant, attended
+
+
+class FakeControl:
+    closed = False
+
+    def nodes(self):
+        return []
+
+    def register(self, public_key, name):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ("registry_path", "devices.toml cannot be read"),
+        ("certificate_path", "a certificate cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_once_and_runs_are_attended(
+    attended, options, caplog, broken, complaint
+):
+    attendant, attended = attended
+    path = getattr(options.folder, broken)
+    before = path.read_bytes()
+    for content in (b"[[", b"[["), (before,), (b"[[",):
+        told = caplog.text.count(complaint)
+        for broken_or_not in content:
+            path.write_bytes(broken_or_not)
+            with attendant._complaints("round"):
+                attendant._go_round()
+        assert caplog.text.count(complaint) - told == (content != (before,))
+    assert len(attended) == 4
+
+
+def test_a_superlink_that_is_lost_at_the_devices_is_asked_nothing_more(
+    attended, monkeypatch, caplog
+):
+    attendant, attended = attended
+    control = attendant._control
+
+    def fail(devices, control):
+        raise ControlError("the SuperLink did not list its nodes: away", refused=False)
+
+    monkeypatch.setattr(attendant._membership, "reconcile", fail)
+    with pytest.raises(ControlError, match="did not list its nodes"):
+        attendant._go_round()
+    assert control.closed and attendant._control is None and not attended
+
+
 def test_nobody_there_does_not_answer(folder):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -235,7 +321,7 @@ def test_a_run_needs_a_server_that_runs(folder):
 def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         result = run(
             *("run", "--dir", folder.path, "--name", "one", "--detach", "--data", "images"),
             *("--rounds", 3, "--set", "blocks=2", "--set", "evaluation=clients"),
@@ -256,22 +342,33 @@ def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monk
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--set", "round=3"], "unknown setting round; known:"),
         (["--set", "rounds=many"], "rounds must be int, got 'many'"),
+        (["--data", "no/such/images"], "data no/such/images does not exist; known forms: digits"),
+        (["--weights", "no.safetensors"], "no weights file no.safetensors; name a .safetensors"),
         (["--name", "a/b"], "run name 'a/b' cannot be used"),
-        (["--resume", "x"], "there is no wish for a run (known: none)"),
-        (["--stop", "x"], "there is no wish for a run (known: none)"),
+        (["--resume", "x"], "there is no run x; fleet run --list shows all"),
+        (["--stop", "x"], "there is no run x; fleet run --list shows all"),
         (["--stop", "x", "--rounds", "3"], "--stop stands alone"),
         (["--stop", "x", "--resume", "y"], "--resume stands alone"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, arguments, complaint):
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         result = run("run", "--dir", folder.path, *arguments)
     assert result.exit_code == 1 and complaint in result.output
     assert not list(folder.path.glob("runs/*.toml"))
 
 
+def test_where_devices_evaluate_the_server_needs_no_images(folder):
+    with folder.alone():
+        result = run(
+            *("run", "--dir", folder.path, "--detach", "--data", "no/such/images"),
+            *("--evaluation", "clients"),
+        )
+    assert result.exit_code == 0, result.output
+
+
 def test_runs_are_listed_and_stopped_without_a_server(folder):
-    with alone_in(folder.state_path, "fleet server"):
+    with folder.alone():
         assert run("run", "--dir", folder.path, "--name", "one", "--detach").exit_code == 0
     (listed,) = json.loads(run("run", "--dir", folder.path, "--list", "--format", "json").output)
     assert (listed["name"], listed["status"], listed["submissions"]) == ("one", "waiting", 0)
