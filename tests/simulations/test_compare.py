@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from fleet.records import RunRecord
 from simulations import compare
 from simulations.cells import SHOWS, deciding_files, key_of
 from simulations.compare import load_recipe
+from tests.commands import FLEET
 from tests.runs import SMALL
 
 RECIPE = {
@@ -162,7 +162,7 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def sweep(tmp_path):
     """A command of two cells, and the process that runs it once its first has ended."""
-    command = [sys.executable, "-m", "fleet.cli", "compare", "--out", str(tmp_path / "out")]
+    command = [*FLEET, "compare", "--out", str(tmp_path / "out")]
     command += ["--seeds", "2", *(f"--set={key}={value}" for key, value in SMALL.items())]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert "1 of 2: as set, seed 0" in process.stderr.readline()

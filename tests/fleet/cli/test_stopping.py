@@ -17,17 +17,12 @@ from fleet.cli import main
 from fleet.cli.simulate import _beside_config
 from fleet.records import RunRecord
 from fleet.signals import ENDING
+from tests.commands import FLEET, HEAR
 
 SMALL = (
     *("--clients", "2", "--train-examples", "60", "--test-examples", "30", "--image-size", "32"),
     *("--local-epochs", "1", "--blocks", "0,1", "--rounds", "500"),
 )
-# Python leaves signals ignored where its parent does, as a shell's background job or nohup.
-HEAR = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-)
-FLEET = (sys.executable, "-c", HEAR + "from fleet.cli import main; main()")
 
 
 def wait_for(what, seconds=200):
