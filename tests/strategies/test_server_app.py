@@ -259,10 +259,7 @@ def test_more_blocks_than_there_are_end_the_run_before_it_starts(launch, tmp_pat
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"data": "no/such/images"}, "data no/such/images does not exist"),
         ({"weights": "no.pth"}, "no weights file no.pth"),
-        (
-            {"strategy": "feddyn", "objective": "feddyn"},
-            "blocks is 0,1,2, which gives clients unequal plans",
-        ),
+        ({"strategy": "feddyn"}, "objective is plain and strategy is feddyn"),
         ({"blocks": "99"}, "blocks is 99, mobilenet_v3_small has 11"),
     ],
 )
