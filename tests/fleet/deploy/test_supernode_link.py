@@ -4,10 +4,19 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.supernode import fleet_http_client, fleet_http_connection, start_client_internal
 
 from fleet.deploy import supernode_link
-from fleet.deploy.supernode_link import BUSY_SECONDS, SOON_SECONDS, keep_trying, look_sooner
+from fleet.deploy.supernode_link import (
+    BUSY_SECONDS,
+    HEARTBEAT_SECONDS,
+    SOON_SECONDS,
+    keep_trying,
+    look_sooner,
+    wait_for_heartbeats,
+)
 
 BROKEN_INSIDE_TLS = httpx.ReadError("EOF occurred in violation of protocol (_ssl.c:2406)")
 WRONG_CERTIFICATE = httpx.ConnectError(
@@ -82,6 +91,16 @@ def test_an_answer_that_trying_again_does_not_change_still_ends_it(connection):
         invoke(connection, failing(error, 1))
 
 
+def test_a_heartbeat_has_the_time_that_a_slow_link_takes(monkeypatch):
+    monkeypatch.setattr(fleet_http_client, "HEARTBEAT_CALL_TIMEOUT", 5)  # put back afterwards
+    asked = {}
+    client = fleet_http_client.FleetHttpClient("https://server")
+    monkeypatch.setattr(client, "_unary_unary", lambda **call: asked.update(call))
+    wait_for_heartbeats(fleet_http_client)
+    client.SendNodeHeartbeat(SendNodeHeartbeatRequest())
+    assert asked["timeout"] == HEARTBEAT_SECONDS < HEARTBEAT_DEFAULT_INTERVAL
+
+
 class Loop:
     """What `look_sooner` changes of Flower's main loop, which it follows."""
 
@@ -127,7 +146,8 @@ def test_flowers_loop_is_as_look_sooner_takes_it_to_be():
 
 def test_a_flower_that_has_other_names_stays_as_it_is_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
-    monkeypatch.setattr(supernode_link, "keep_trying", lambda module: None)
+    for name in ("keep_trying", "wait_for_heartbeats"):
+        monkeypatch.setattr(supernode_link, name, lambda module: None)
     monkeypatch.setattr(supernode_link, "_log", logging.getLogger("flower of a test"))
     supernode_link.improve()
     assert "this version of Flower stays as it is" in caplog.text
