@@ -18,8 +18,9 @@ from fleet.message import REFUSED, content_bytes
 _REMEMBERED = 10_000  # messages whose late replies are counted
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
 # Flower's grid waits for up to 180 s within a look, for a reply whose sender died as it sent
-# it. Nobody else waits for that: a look that takes longer than this goes on by itself.
-PATIENCE_SECONDS = 2.0
+# it. Nobody else waits for that: a look that takes longer than this goes on by itself. It is
+# more than a look takes on a busy machine: two at once may bring the same reply twice.
+PATIENCE_SECONDS = 30.0
 _MOST_LOOKS = 64  # at once: each may be held up by a sender that has died
 _UNSENT = "the message could not be sent; the server's log says why"
 # What building a reply from bytes that are none raises. A network that fails raises others.
@@ -58,6 +59,7 @@ class StreamingGrid(Grid):
         self._poll_seconds = poll_seconds
         self._patience = patience
         self._looks: SimpleQueue[list[Message] | Exception] = SimpleQueue()  # that have ended
+        self._seen: dict[str, None] = {}  # ids of replies
         self._looking = 0  # looks that have not, or whose replies nobody has taken
         # A simulated fleet answers as it is asked: what does not come then, never comes.
         self._waits = not getattr(grid, "answers_at_once", False)
@@ -147,7 +149,12 @@ class StreamingGrid(Grid):
             self._late += map(_late, pulled)
 
     def _without_late(self, replies: list[Message]) -> list[Message]:
-        """Without replies to earlier messages, which a look that took long may bring."""
+        """Without replies to earlier messages, or again, which a look that took long may bring."""
+        ids = [r.metadata.message_id for r in replies]
+        replies = [r for r, i in zip(replies, ids, strict=True) if not i or i not in self._seen]
+        self._seen |= dict.fromkeys(i for i in ids if i)
+        while len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
         late = [r for r in replies if r.metadata.reply_to_message_id in self._outstanding]
         for message_id, nbytes in map(_late, late):
             self._late.append((message_id, nbytes))
