@@ -174,33 +174,36 @@ class StreamingGrid(Grid):
         if not self._singly:
             try:
                 return self._look(set(message_ids), seconds), {}
-            except _UNREADABLE as error:
-                if not self._waits:  # in one process nothing is built from bytes: a fault of ours
-                    raise
-                log(WARNING, "a reply cannot be read (%.200r); others may be lost", error)
+            except _Unreadable as failed:
+                log(WARNING, "a reply cannot be read (%s); others may be lost", failed)
                 self._singly = True
                 return [], {}
-        replies, unreadable = [], {}
+        replies: list[Message] = []
+        unreadable: dict[str, str] = {}
         until = time.monotonic() + seconds
         for message_id in sorted(message_ids):
             try:
                 replies += self._look({message_id}, until - time.monotonic())
-            except _UNREADABLE as error:
-                unreadable[message_id] = f"reply cannot be read ({error!r:.200})"
+            except _Unreadable as failed:  # not of this look, it may be: of one that took long
+                if len(failed.asked) == 1 and failed.asked <= message_ids:
+                    unreadable[min(failed.asked)] = f"reply cannot be read ({failed})"
         return replies, unreadable
 
     def _look(self, message_ids: set[str], seconds: float) -> list[Message]:
         """Replies that the grid below has, or that an earlier look has brought since.
 
         Raises:
-            Whatever the grid does.
+            _Unreadable: if a reply is no message: to this look, or to the earlier one.
+            Whatever else the grid does.
         """
-        if not self._waits:
+        if not self._waits:  # in one process nothing is built from bytes: a fault is ours
             return list(self._grid.pull_messages(message_ids))
 
         def look() -> None:
             try:
                 self._looks.put(list(self._grid.pull_messages(message_ids)))
+            except _UNREADABLE as error:
+                self._looks.put(_Unreadable(message_ids, error))
             except Exception as error:  # it is raised where it is waited for
                 self._looks.put(error)
 
@@ -215,6 +218,14 @@ class StreamingGrid(Grid):
         if isinstance(found, Exception):
             raise found
         return found
+
+
+class _Unreadable(Exception):
+    """A reply that is no message, to one of those that were looked for."""
+
+    def __init__(self, asked: set[str], error: Exception) -> None:
+        super().__init__(f"{error!r:.200}")
+        self.asked = asked
 
 
 def _late(reply: Message) -> tuple[str, int]:

@@ -261,3 +261,27 @@ def test_a_reply_that_was_held_up_over_the_deadline_is_not_the_next_rounds(scrip
     assert sorted(nodes_of(second)) == [1, 2]
     ((message_id, _),) = streaming_grid.take_late()
     assert message_id == grid.sent[1].metadata.message_id
+
+
+def test_what_an_earlier_look_could_not_read_is_not_laid_to_another_message(scripted_grid):
+    """Looks for the second node's reply take long, and end while the first's is looked for."""
+    grid = scripted_grid({1: answers, 2: answers})
+    pull, looked = grid.pull_messages, {1: 0, 2: 0}
+
+    def pull_messages(message_ids):
+        (node,) = (
+            m.metadata.dst_node_id for m in grid.sent if m.metadata.message_id in message_ids
+        )
+        looked[node] += 1
+        if node == 2:
+            time.sleep(0.15)
+            raise DecodeError("damaged")
+        return pull(message_ids if looked[1] > 5 else set())
+
+    grid.pull_messages = pull_messages
+    streaming_grid = StreamingGrid(grid, 0.01, patience=0.1)
+    streaming_grid._singly = True  # as after the first damaged reply
+    replies = list(streaming_grid.send_and_receive(map(question, (1, 2)), timeout=30))
+    ids = {m.metadata.message_id: m.metadata.dst_node_id for m in grid.sent}
+    failed = {ids[r.metadata.reply_to_message_id]: r.has_error() for r in replies}
+    assert failed == {1: False, 2: True}
