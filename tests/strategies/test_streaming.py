@@ -273,8 +273,8 @@ def test_what_an_earlier_look_could_not_read_is_not_laid_to_another_message(scri
             m.metadata.dst_node_id for m in grid.sent if m.metadata.message_id in message_ids
         )
         looked[node] += 1
+        time.sleep({1: 0.08, 2: 0.15}[node])
         if node == 2:
-            time.sleep(0.15)
             raise DecodeError("damaged")
         return pull(message_ids if looked[1] > 5 else set())
 
@@ -285,3 +285,21 @@ def test_what_an_earlier_look_could_not_read_is_not_laid_to_another_message(scri
     ids = {m.metadata.message_id: m.metadata.dst_node_id for m in grid.sent}
     failed = {ids[r.metadata.reply_to_message_id]: r.has_error() for r in replies}
     assert failed == {1: False, 2: True}
+
+
+def test_a_reply_that_two_looks_bring_counts_once(scripted_grid):
+    grid = scripted_grid({1: answers, 2: answers})
+    pull, first = grid.pull_messages, []
+
+    def pull_messages(message_ids):
+        if first:  # the same again, and then the other
+            return [*first, *pull(message_ids)]
+        one = {m.metadata.message_id for m in grid.sent if m.metadata.dst_node_id == 1}
+        first.extend(pull(one & message_ids))
+        for reply in first:
+            reply.metadata.__dict__["_message_id"] = "of the first node's reply"
+        return list(first)
+
+    grid.pull_messages = pull_messages
+    replies = StreamingGrid(grid, 0.01).send_and_receive(map(question, (1, 2)), timeout=20)
+    assert sorted(nodes_of(replies)) == [1, 2]
