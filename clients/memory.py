@@ -23,6 +23,7 @@ from uuid import uuid4
 import numpy as np
 import safetensors.numpy
 
+from fleet.durable import sync_folder
 from fleet.errors import ConfigError, UpdateError
 from fleet.state import Arrays
 
@@ -125,7 +126,7 @@ class ClientMemory:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             finally:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
@@ -250,14 +251,6 @@ def _remove_files(folder: Path, pattern: str, before: float = float("inf")) -> N
         with suppress(OSError):
             if file.stat().st_mtime < before:
                 file.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: OSError) -> str:

@@ -1,7 +1,6 @@
 """A trained model as a file that others run: safetensors, PyTorch, ONNX, ExecuTorch."""
 
 import json
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -9,11 +8,11 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.nn as nn
 
+from fleet.durable import write_durably
 from fleet.errors import ConfigError
 from fleet.trained import Source, TrainedModel, trained_model
 
@@ -165,16 +164,8 @@ def _check_extra(suffix: str) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_durably(path, [content])
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror or error}; free space or give write permission "

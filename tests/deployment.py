@@ -8,8 +8,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,18 @@ def handshake(port: int, authority: Path) -> str | None:
             return secure.version()
     except (ConnectionError, TimeoutError):
         return None
+
+
+@contextlib.contextmanager
+def processes_in_a_folder() -> Iterator["Processes"]:
+    """Processes that end with the block, and what they wrote with them."""
+    # Not pytest's own folder: its name is long, and it stays.
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        processes = Processes(Path(folder))
+        try:
+            yield processes
+        finally:
+            processes.stop()
 
 
 class Processes:

@@ -4,7 +4,6 @@ link, a wrong model; then exported, and predicting on a device."""
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from fleet.backbones import load_backbone
 from fleet.records import RoundReport, RunRecord
-from tests.deployment import HOST, Processes, free_ports, rounds_on_record, write_digits
+from tests.deployment import (
+    HOST,
+    Processes,
+    free_ports,
+    processes_in_a_folder,
+    rounds_on_record,
+    write_digits,
+)
 
 CLASSES = {"eight": 8, "four": 4, "one": 1}  # class folder → digit
 BUDGETS = {"pi-01": "9", "pi-02": "off", "pi-03": "off"}  # MiB
@@ -66,13 +72,8 @@ class Life:
 
 @pytest.fixture(scope="module")
 def life() -> Iterator[Life]:
-    # Not pytest's own folder: its name is long, and it stays.
-    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
-        processes = Processes(Path(folder))
-        try:
-            yield live(processes)
-        finally:
-            processes.stop()
+    with processes_in_a_folder() as processes:
+        yield live(processes)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.deployment import (
     Processes,
     free_ports,
     handshake,
+    processes_in_a_folder,
     rounds_on_record,
     write_digits,
 )
@@ -73,13 +73,8 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    # Not pytest's own folder: its name is long, and it stays.
-    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
-        processes = Processes(Path(folder))
-        try:
-            yield deploy(processes)
-        finally:
-            processes.stop()
+    with processes_in_a_folder() as processes:
+        yield deploy(processes)
 
 
 @pytest.fixture(autouse=True)

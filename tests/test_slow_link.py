@@ -9,14 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fleet.records import RunRecord
-from tests.deployment import Processes, write_digits
+from tests.deployment import Processes, processes_in_a_folder, write_digits
 
 CLASSES = {"eight": 8, "four": 4, "one": 1}
 DEVICE = "pi-01"
@@ -82,18 +81,12 @@ def two_machines() -> Iterator[tuple[str, str, str]]:
     ],
 )
 def test_no_update_is_lost_on_a_link_that_is_slow_and_breaks(kbits, delay_ms):
-    with (
-        tempfile.TemporaryDirectory(prefix="fleet-") as folder,
-        two_machines() as (server, device, address),
-    ):
-        processes = Processes(Path(folder))
+    with two_machines() as (server, device, address), processes_in_a_folder() as processes:
         try:
             record, seen = train_over(processes, server, device, address, kbits, delay_ms)
         except AssertionError:
             print(processes.all_logs())
             raise
-        finally:
-            processes.stop()
         rounds = list(record.rounds())[1:]
         print(seen, [report.seconds for report in rounds])
         assert len(rounds) == SETTINGS["rounds"]

@@ -2,10 +2,20 @@
 
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
 from fleet.errors import ConfigError
+
+server_folder_option = click.option(
+    "--dir",
+    "folder",
+    default="server",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The server's folder, made by fleet provision.",
+)
 
 
 def format_option(*formats: str) -> Callable:

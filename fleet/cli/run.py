@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fleet.cli.options import format_option, read_value
+from fleet.cli.options import format_option, read_value, server_folder_option
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.cli.simulate import setting_options
@@ -25,14 +25,7 @@ _POLL_SECONDS = 0.5
 
 
 @click.command("run")
-@click.option(
-    "--dir",
-    "folder",
-    default="server",
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The server's folder, made by fleet provision.",
-)
+@server_folder_option
 @click.option("--name", help="Of the run.  [default: by the clock]")
 @click.option(
     "--set",

@@ -4,18 +4,12 @@ from pathlib import Path
 
 import click
 
+from fleet.cli.options import server_folder_option
 from fleet.cli.until_signal import until_signal
 
 
 @click.command("server")
-@click.option(
-    "--dir",
-    "folder",
-    default="server",
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The server's folder, made by fleet provision.",
-)
+@server_folder_option
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from fleet.durable import sync_folder
 from fleet.errors import ConfigError
 
 _FILE_MODE, _FOLDER_MODE = 0o600, 0o700
@@ -61,7 +62,7 @@ def replace(path: Path, content: bytes) -> None:
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}; free space or give write permission there"
@@ -112,11 +113,3 @@ def read_toml(path: Path, what: str, way_out: str) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except ValueError as error:  # of TOML and of UTF-8 alike
         raise ConfigError(f"{what} {path} is not TOML: {error}; {way_out}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
