@@ -300,8 +300,11 @@ class FederationConfig:
         _check_at_least(0, "sampled", self.sampled)
         for key in ("goal", "min_updates", "quorum"):
             _check_at_least(int(key != "goal"), key.replace("_", "-"), getattr(self, key))
-        for codec in (self.codec_up, self.codec_down):
-            parse_codec(codec)
+        for key in ("codec_up", "codec_down"):
+            try:
+                parse_codec(getattr(self, key))
+            except ConfigError as error:
+                raise ConfigError(f"{key.replace('_', '-')}: {error}") from error
         self._check_cohort()
         if ":" not in self.strategy:  # package.module:name
             _check_one_of("strategy", self.strategy, STRATEGIES)

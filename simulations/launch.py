@@ -21,6 +21,7 @@ from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
 from simulations.callbacks import Callback, Callbacks
 from simulations.workers import read_workers
+from strategies.aggregation import check_cohort
 
 ENGINES = ("local", "flower")
 
@@ -216,6 +217,8 @@ def _check_fleet(config: RunConfig) -> None:
                 f"{key} is {value}, and the fleet has {federation.clients} clients; "
                 f"lower it, or raise clients"
             )
+    if ":" not in federation.strategy:
+        check_cohort(federation.rule, {"clients": federation.clients})
     if federation.evaluation == "clients" and config.data.validation_fraction == 0:
         raise ConfigError(
             "evaluation is left to the clients, and validation-fraction is 0; raise it, "

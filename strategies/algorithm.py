@@ -15,7 +15,7 @@ import numpy as np
 from fleet.config import FederationConfig, default_settings
 from fleet.errors import ConfigError, FleetError
 from fleet.state import ClientUpdate, TrainableState
-from strategies.aggregation import Rule, rule
+from strategies.aggregation import Rule, check_cohort, rule
 from strategies.named import import_named
 from strategies.server_opt import ServerOptimizer, server_optimizer
 
@@ -106,6 +106,8 @@ def algorithm(config: FederationConfig, seed: int, clients: int = 1) -> Algorith
     if ":" in config.strategy:
         _check_unused(config)
         return own_algorithm(config.strategy)
+    limits = {"sampled": config.sampled, "goal": config.goal}
+    check_cohort(config.rule, {setting: most for setting, most in limits.items() if most})
     optimizer = server_optimizer(
         config.strategy,
         learning_rate=config.server_learning_rate,

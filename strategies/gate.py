@@ -182,6 +182,8 @@ def _check_names(metrics: Mapping[str, int | float]) -> None:
                 f"metric {name[:_MAX_METRIC_NAME]} has a name of {len(name)} characters, "
                 f"{_MAX_METRIC_NAME} at most are taken; shorten it"
             )
+        if not name or not name.isprintable():  # a terminal would obey what it holds
+            raise UpdateError(f"a metric is called {name!r}; name it in printable characters")
 
 
 def _number(metrics: Mapping[str, int | float], key: str, least: float, most: float) -> float:

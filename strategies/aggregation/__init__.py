@@ -20,7 +20,7 @@ from strategies.aggregation.by_group import combine_by_group
 from strategies.aggregation.by_tensor import by_coordinate, combine_by_tensor
 from strategies.aggregation.mean import MEAN, weighted_mean
 from strategies.aggregation.protocol import Aggregate, Rule, RuleState, stateless
-from strategies.aggregation.rules import RULES, rule
+from strategies.aggregation.rules import RULES, check_cohort, rule
 from strategies.aggregation.statistics import pooled_statistics, robust_statistics
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Rule",
     "RuleState",
     "by_coordinate",
+    "check_cohort",
     "combine_by_group",
     "combine_by_tensor",
     "pooled_statistics",

@@ -40,13 +40,18 @@ class Rule:
             in any order; the given state is not changed. `delta` and `statistics` of an
             update may be read from disk or decoded at each access: ask for each
             tensor of each client seldom, and hold those of one name at a time.
+        least_clients: of how many updates it keeps what it promises; fewer are
+            aggregated all the same.
     """
 
     init: Callable[[], RuleState]
     aggregate: Callable[[Sequence[ClientUpdate], RuleState], tuple[Aggregate, RuleState]]
+    least_clients: int = 1
 
 
-def stateless(function: Callable[[Sequence[ClientUpdate]], Aggregate]) -> Rule:
+def stateless(
+    function: Callable[[Sequence[ClientUpdate]], Aggregate], *, least_clients: int = 1
+) -> Rule:
     """A rule that remembers nothing, from a function of updates to their aggregate.
 
     The rule raises ConfigError if the function returns anything else.
@@ -62,4 +67,4 @@ def stateless(function: Callable[[Sequence[ClientUpdate]], Aggregate]) -> Rule:
             )
         return result, state
 
-    return Rule(dict, aggregate)
+    return Rule(dict, aggregate, least_clients)

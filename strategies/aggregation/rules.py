@@ -53,6 +53,25 @@ def rule(spec: str, *, quorum: int = 1, seed: int = 0) -> Rule:
     return with_coverage_correction(chosen, *([_number(spec, power)] if colon else []))
 
 
+def check_cohort(spec: str, limits: Mapping[str, int]) -> None:
+    """Refuse a rule that a run can never give as many updates as it needs.
+
+    Args:
+        spec: as `rule` takes it.
+        limits: setting → the most updates that it allows a round.
+
+    Raises:
+        ConfigError: if one is below the rule's `least_clients`, or as `rule`.
+    """
+    least = rule(spec).least_clients
+    for setting, most in limits.items():
+        if most < least:
+            raise ConfigError(
+                f"rule {spec} needs the updates of {least} clients, and {setting} is {most}; "
+                f"raise {setting}, or let the rule reckon with fewer hostile clients"
+            )
+
+
 def _named(spec: str, seed: int) -> Rule:
     name, colon, argument = spec.partition(":")
     if name not in RULES:
@@ -88,9 +107,20 @@ def _imported(spec: str) -> Rule:
     found = import_named(spec, "rule")
     if isinstance(found, Rule):
         return found
-    if callable(found):
+    if callable(found) and _takes_one(found):
         return stateless(found)
     raise ConfigError(
         f"rule {spec} is {type(found).__name__}, neither a Rule nor a function of updates; "
         f"name one of these, or one of {', '.join(RULES)}"
     )
+
+
+def _takes_one(function: Callable) -> bool:
+    """Whether it can be called with the updates and nothing else; taken on trust if unknown."""
+    try:
+        inspect.signature(function).bind(())
+    except TypeError:
+        return False
+    except ValueError:  # some builtins tell nobody what they take
+        return True
+    return True

@@ -33,8 +33,9 @@ def multi_krum(hostile: int, *, selected: int | None = None) -> Rule:
     by examples). Ties go by name. The selection is made over each set of tensors that the
     same clients trained, see `by_group`. The statistics are all trainers' medians.
 
-    The guarantee needs n ≥ 2f + 3. Where fewer trained a tensor, f is lowered to the most
-    that their number allows, (n − 3)/2; a quorum of 2f + 3 leaves such tensors as they are.
+    The guarantee needs n ≥ 2f + 3, and a run that never has so many updates is refused.
+    Where fewer trained a tensor, f is lowered to the most that their number allows,
+    (n − 3)/2; a quorum of 2f + 3 leaves such tensors as they are.
 
     Args:
         hostile: how many clients of a cohort may be hostile, the paper's f.
@@ -68,7 +69,7 @@ def multi_krum(hostile: int, *, selected: int | None = None) -> Rule:
     def aggregate(updates: Sequence[ClientUpdate]) -> Aggregate:
         return combine_by_group(updates, weigh, median_statistics)
 
-    return stateless(aggregate)
+    return stateless(aggregate, least_clients=2 * hostile + 3 if hostile else 1)
 
 
 def _scores(distances: np.ndarray, f: int) -> np.ndarray:

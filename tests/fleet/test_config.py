@@ -115,8 +115,16 @@ def test_a_value_of_another_type_is_refused(key, value, text):
         ("goal", -1, "goal must be at least 0, got -1"),
         ("min-updates", 0, "min-updates must be at least 1, got 0"),
         ("quorum", 0, "quorum must be at least 1, got 0"),
-        ("codec-up", "zip", "unknown codec zip; known: float32, float16, int8, int4, topk:SHARE"),
-        ("codec-down", "topk:2", "topk in codec topk:2 must keep a share above 0 and below 1"),
+        (
+            "codec-up",
+            "zip",
+            "codec-up: unknown codec zip; known: float32, float16, int8, int4, topk:SHARE",
+        ),
+        (
+            "codec-down",
+            "topk:2",
+            "codec-down: topk in codec topk:2 must keep a share above 0",
+        ),
         (
             "server-learning-rate",
             -1.0,

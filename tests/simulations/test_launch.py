@@ -62,6 +62,7 @@ def test_a_run_directory_that_holds_a_run_is_refused_and_kept(tmp_path):
         ({"goal": 5}, "goal is 5, and the fleet has 2 clients; lower it"),
         ({"min-updates": 5}, "min-updates is 5, and the fleet has 2 clients; lower it"),
         ({"quorum": 5}, "quorum is 5, and the fleet has 2 clients; lower it"),
+        ({"rule": "krum:1"}, "rule krum:1 needs the updates of 5 clients, and clients is 2; raise"),
         (
             {"evaluation": "clients", "validation-fraction": 0.0},
             "evaluation is left to the clients, and validation-fraction is 0; raise it",

@@ -315,9 +315,22 @@ def test_settings_that_an_own_strategy_would_not_see_are_refused(federation, set
     ("settings", "text"),
     [
         ({"rule": "krumm"}, "unknown rule krumm; known are mean, "),
+        (
+            {"rule": "krum:2+coverage", "sampled": 6},
+            r"rule krum:2\+coverage needs the updates of 7 clients, and sampled is 6; raise",
+        ),
+        (
+            {"rule": "multi_krum:3", "goal": 8, "quorum": 2},
+            "rule multi_krum:3 needs the updates of 9 clients, and goal is 8; .* fewer hostile",
+        ),
         ({"server_momentum": 1.0, "strategy": "fedavgm"}, "server momentum must be at least 0 and"),
     ],
 )
 def test_a_wrong_setting_of_a_built_in_strategy_is_refused(federation, settings, text):
     with pytest.raises(ConfigError, match=text):
         algorithm(federation(**settings), seed=0)
+
+
+@pytest.mark.parametrize("spec", ["multi_krum:0", "krum:2", "clipped_mean"])
+def test_a_rule_that_may_have_what_it_needs_is_taken(federation, spec):
+    algorithm(federation(rule=spec, sampled=7), seed=0)

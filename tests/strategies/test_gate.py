@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -286,6 +287,13 @@ def test_a_metric_of_a_long_name_is_refused(toy_plan, reply):
     with pytest.raises(UpdateError, match=text):
         admit(reply(metrics={"x" * 65: 1}), "pi-1", toy_plan)
     assert admit(reply(metrics={"x" * 64: 1}), "pi-1", toy_plan).metrics["x" * 64] == 1
+
+
+@pytest.mark.parametrize("name", ["", "\x1b[2J", "a\nb"])
+def test_a_metric_whose_name_a_terminal_would_obey_is_refused(toy_plan, reply, name):
+    text = re.escape(f"a metric is called {name!r}; name it in printable characters")
+    with pytest.raises(UpdateError, match=text):
+        admit(reply(metrics={name: 1}), "pi-1", toy_plan)
 
 
 @pytest.mark.parametrize("value", [1.1e15, -3e38])

@@ -99,6 +99,10 @@ def test_a_rule_of_the_users_own_takes_quorum_and_coverage_too(updates, own_modu
             "my_rules:number",
             "rule my_rules:number is int, neither a Rule nor a function of updates",
         ),
+        (
+            "os:getcwd",
+            "rule os:getcwd is builtin_function_or_method, neither a Rule nor a function",
+        ),
     ),
 )
 def test_what_is_no_rule_is_refused_with_the_way_out(own_module, spec, text):
