@@ -23,6 +23,7 @@ from simulations.local_clients import (
     identify,
     number_of,
 )
+from simulations.quick_arrays import quick_arrays
 from simulations.workers import WorkerPool
 
 
@@ -184,6 +185,7 @@ def run_local(
     )
     with (
         _one_thread(),
+        quick_arrays(),
         frozen() if workers == 1 else nullcontext(),  # workers' pool sees to it as it forks
         closing(
             LocalGrid(client_app, num_clients, run_config, on_reply, interferences, workers)
