@@ -590,6 +590,31 @@ print(len(load_data({str(tmp_path)!r}, "train")))
     assert ran.stdout.strip() == "24"
 
 
+def test_a_fleet_of_digits_is_dealt_out_without_the_large_libraries():
+    program = """
+import sys
+for name in ("datasets", "flwr_datasets", "pandas", "matplotlib", "sklearn.datasets"):
+    sys.modules[name] = None
+from fleet.data import load_data, partition
+labels = load_data("digits", "train").labels
+print(len(partition(labels, "iid", 3, 0)), len(partition(labels, "dirichlet:0.5", 3, 0)))
+print("sklearn" in sys.modules)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["3", "3", "False"]
+
+
+def test_digits_that_are_not_where_they_were_are_named(tmp_path, monkeypatch):
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn/__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"should hold .*digits.csv.gz and does not; install it"):
+        load_data("digits", "train")
+
+
 def break_images(root):
     """Three kinds of damage: no image at all, a JPEG cut short, a PNG with a bad checksum."""
     (root / "cat/00.jpg").write_bytes(b"no image")
