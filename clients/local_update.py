@@ -97,6 +97,7 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
             features=config.features,
             proximal=proximal,
             before_step=cooling,
+            trims=not client.simulated,  # the next client of this process needs it at once
         )
     update = {
         name: trained if narrow.by_name[name].is_statistic else trained - received[name]

@@ -31,7 +31,9 @@ def load_norms(
     Source: Li et al., FedBN, arXiv:2102.07623, where all of a norm stays; here,
     what the method trains of it, and the rest is the same everywhere.
     """
-    own = _remembered(memory, NORMS, plan.local_specs) if memory and plan.local_specs else {}
+    if not plan.local_specs:
+        return
+    own = _remembered(memory, NORMS, plan.local_specs) if memory else {}
     tensors = model.state_dict()
     with torch.no_grad():
         for spec in plan.local_specs:

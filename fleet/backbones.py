@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from fleet.config import ModelConfig
 from fleet.errors import ConfigError
+from fleet.garbage import importing
 from fleet.structure import InvertedResidual, Step, UnknownBlock, trace
 from fleet.weights import download, load_into, packaged_lite0, read_classes, read_weights
 
@@ -208,8 +209,9 @@ def resolve(name: str) -> tuple[str, str]:
     Raises:
         ConfigError: if neither knows it.
     """
-    import timm
-    import torchvision
+    with importing():
+        import timm
+        import torchvision
 
     if name == LITE0:
         return "timm", "tf_efficientnet_lite0"

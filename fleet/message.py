@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 
 from fleet.codec import Download, Payload, UnknownVersion
 from fleet.errors import FleetError, UpdateError
@@ -215,7 +218,7 @@ def read_bytes(content: RecordDict) -> bytes:
         UpdateError: if there is none.
     """
     try:
-        return _unpacked(content)
+        return bytes(_unpacked(content))
     except Exception as error:
         raise _unreadable("message holds no readable payload", error) from error
 
@@ -273,7 +276,8 @@ def content_bytes(content: RecordDict) -> int:
 
     What the transport adds (message metadata, HTTP, TLS) is not counted.
     """
-    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+    with no_object_id_recompute():  # nothing changes here: each object is hashed once
+        return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
 def _unreadable(what: str, error: Exception) -> UpdateError:
@@ -292,8 +296,11 @@ def _packed(data: bytes) -> ArrayRecord:
     return ArrayRecord({"packed": Array(np.frombuffer(data, np.uint8))})
 
 
-def _unpacked(content: RecordDict) -> bytes:
-    """The row of bytes in a content; `np.load` would allocate whatever its header claims."""
+def _unpacked(content: RecordDict) -> memoryview:
+    """The row of bytes in a content, where it lies.
+
+    `np.load` would allocate whatever its header claims.
+    """
     record = content["tensors"]
     if not isinstance(record, ArrayRecord) or list(record) != ["packed"]:
         raise TypeError(f"tensors hold {list(record)[:3]}, not one array named packed")
@@ -305,7 +312,7 @@ def _unpacked(content: RecordDict) -> bytes:
     if version != (1, 0):
         raise ValueError(f"packed is .npy version {version}, not (1, 0)")
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    row = packed.data[stream.tell() :]
+    row = memoryview(packed.data)[stream.tell() :]
     if dtype != np.uint8 or shape != (len(row),):
         raise ValueError(f"packed claims {dtype} of shape {shape} and holds {len(row)} bytes")
     return row

@@ -113,7 +113,8 @@ class TrainableState:
 def capture(model: "nn.Module", plan: UpdatePlan) -> TrainableState:
     """Copy a plan's tensors out of a backbone's model."""
     own = model.state_dict()
-    tensors = {name: own[name].detach().cpu().contiguous().numpy().copy() for name in plan.by_name}
+    # A map that lies in channels_last is put into the order of its indices by the copy.
+    tensors = {name: np.array(own[name].detach().cpu().numpy(), order="C") for name in plan.by_name}
     return TrainableState(plan, tensors)
 
 

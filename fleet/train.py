@@ -53,6 +53,7 @@ def train_locally(
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     proximal: Proximal | None = None,
     before_step: Callable[[], None] = lambda: None,
+    trims: bool = True,
 ) -> LocalResult:
     """Train what the model's plan trains; the parameters change in place.
 
@@ -68,6 +69,7 @@ def train_locally(
             reported is without it.
         before_step: is called before every step, where a device may pause; what it
             raises ends the training.
+        trims: as of `take_step`.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
@@ -99,7 +101,8 @@ def train_locally(
             if config.schedule == "cosine":
                 optimizer.learning_rate = config.learning_rate * cosine(len(losses) / steps)
             try:
-                losses.append(take_step(model, optimizer, x, labels) * len(labels))
+                loss = take_step(model, optimizer, x, labels, trims)
+                losses.append(loss * len(labels))
             except UpdateError as error:
                 raise UpdateError(
                     f"{error} at step {len(losses)} of {steps}, counted from 0, with learning rate "
@@ -130,7 +133,8 @@ def train_locally(
         # One step: following the allocator takes a few hundred bytes for every operation.
         with allocator_peak(next(model.parameters()).device) as peak:
             train_on(islice(batches, 1))
-        trim()
+        if trims:
+            trim()
         train_on(batches)
     return LocalResult(
         num_examples=len(data),
@@ -153,8 +157,14 @@ def _proximal_term(model: TransferModel, proximal: Proximal | None) -> dict[str,
     return {"proximal": proximal.strength, "targets": targets}
 
 
-def take_step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor) -> float:
+def take_step(
+    model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor, trims: bool = True
+) -> float:
     """Forward, backward, update; returns the loss.
+
+    Args:
+        trims: whether memory that is free goes back to the system, which a small device
+            needs; the next step takes longer for it.
 
     Raises:
         UpdateError: if loss or a gradient is not finite.
@@ -164,7 +174,8 @@ def take_step(model: TransferModel, optimizer: SGD, x: Tensor, labels: Tensor) -
         loss = model.gradients(x, labels)
     if model.accumulates:
         optimizer.step()
-    trim()
+    if trims:
+        trim()
     return loss
 
 

@@ -34,7 +34,7 @@ SHOWS = (
     "simulations/benchmark_",
     "simulations/callbacks.py",
     "simulations/cell_pool.py",
-    "simulations/compare.py",
+    "simulations/comparing.py",
     "simulations/comparison.py",
     "simulations/demo.py",
     "simulations/federated_tables.py",

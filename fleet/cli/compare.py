@@ -60,7 +60,7 @@ def command(
     Runs that are there are not run again; the same command goes on where it was stopped.
     """
     find_modules_here()
-    from simulations.compare import compare, load_recipe
+    from simulations.comparing import compare, load_recipe
     from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
     values: dict[str, Any] = read_toml(recipe) if recipe else {}

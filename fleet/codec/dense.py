@@ -62,7 +62,7 @@ def float32() -> Format:
 
     return Format(
         most=lambda shape: 4 * size_of(shape),
-        encode=lambda array, rounding: array.astype("<f4").tobytes(),
+        encode=lambda array, rounding: array.astype("<f4", copy=False).tobytes(),
         decode=decode,
     )
 

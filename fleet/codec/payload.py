@@ -73,7 +73,7 @@ def encode(
 
     parts = [_format(name, spec).encode(arrays[spec.name], rounding(spec)) for spec in plan.specs]
     sizes = np.array([len(part) for part in parts[:-1]], "<u4").tobytes()
-    return Payload(codec=codec, plan_digest=plan.digest, data=sizes + b"".join(parts))
+    return Payload(codec=codec, plan_digest=plan.digest, data=b"".join([sizes, *parts]))
 
 
 def decode(payload: Payload, plan: UpdatePlan) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fleet.codec.names import parse_codec
 from fleet.codec.payload import Payload, decode, encode
 from fleet.errors import UpdateError
@@ -168,7 +170,7 @@ def version_of(state: TrainableState) -> str:
     """Sixteen hexadecimal digits of SHA-256 over a state's bits."""
     digest = hashlib.sha256(state.plan.digest.encode())
     for spec in state.plan.specs:
-        digest.update(state.tensors[spec.name].astype("<f4", copy=False).tobytes())
+        digest.update(np.ascontiguousarray(state.tensors[spec.name], "<f4"))
     return digest.hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fleet.errors import ConfigError
+from fleet.garbage import importing
 
 # What Pillow raises for bytes that are no whole image, by format and by fault.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -114,11 +116,31 @@ def need(module: str, source: str, extra: str = "sim") -> ModuleType:
         ConfigError: naming the extra that brings the module.
     """
     try:
-        return import_module(module)
+        with importing():
+            return import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"{source} needs {module}, which is not installed: pip install fleet-mobiletl[{extra}]"
-        ) from error
+        raise _missing(module, source, extra) from error
+
+
+def found(package: str, source: str, extra: str = "sim") -> Path:
+    """Folder of an installed package that holds data, without importing it.
+
+    Raises:
+        ConfigError: naming the extra that brings the package.
+    """
+    try:
+        spec = find_spec(package)
+    except ValueError:  # of a module that is in `sys.modules` and has none
+        spec = None
+    if spec is None or spec.origin is None:
+        raise _missing(package, source, extra)
+    return Path(spec.origin).parent
+
+
+def _missing(module: str, source: str, extra: str) -> ConfigError:
+    return ConfigError(
+        f"{source} needs {module}, which is not installed: pip install fleet-mobiletl[{extra}]"
+    )
 
 
 def _at(indices: np.ndarray, function: Callable[[int], T], i: int) -> T:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fleet.data.folders import digest_file, load_folder
 from fleet.data.growing import load_growing
-from fleet.data.images import ImageData, digest, need
+from fleet.data.images import ImageData, digest, found, need
 from fleet.data.splits import Split, held_out, take_stratified
 from fleet.data.tables import SUFFIXES, load_hugging_face, load_table, table_files
 from fleet.errors import ConfigError
@@ -27,6 +27,7 @@ TORCHVISION = {
     "food101": ("Food101", "food-101.tar.gz"),
 }
 BUILT_IN = ("digits", *TORCHVISION)
+_DIGITS = Path("datasets", "data", "digits.csv.gz")  # in the package sklearn; 64 pixels, label
 FORMS = (
     f"digits, {', '.join(TORCHVISION)}, hf:OWNER/NAME (Hugging Face), a parquet or arrow file or "
     f"a folder of them, or an ImageFolder directory (DIR/CLASS/image.jpg)"
@@ -130,11 +131,16 @@ def _open_path(path: Path, split: Split, skip_unreadable: bool) -> ImageData:
 
 
 def _digits(split: Split) -> ImageData:
-    digits = need("sklearn.datasets", "data digits").load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
-    classes = tuple(str(name) for name in digits.target_names)
+    """scikit-learn's, whose file is read without it: to import it takes longer than a round."""
+    path = found("sklearn", "data digits") / _DIGITS
+    if not path.is_file():
+        raise ConfigError(f"scikit-learn should hold {path} and does not; install it again")
+    table = np.loadtxt(path, delimiter=",")
+    pixels, target = table[:, :-1], table[:, -1].astype(np.int64)
+    grey = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # stored as 0 to 16
+    classes = tuple(str(name) for name in range(10))
     read, identify = partial(_read_grey, grey), partial(_digest_array, grey)
-    return held_out(ImageData("digits", classes, digits.target, read, identify), split)
+    return held_out(ImageData("digits", classes, target, read, identify), split)
 
 
 def _read_grey(grey: np.ndarray, i: int) -> Image.Image:

@@ -89,9 +89,8 @@ def allocator_peak(device: torch.device | str = "cpu") -> Iterator[AllocatorPeak
 def _highest_sum(threads: list) -> int:
     live = highest = 0
     for events in threads:
-        for event in events:
-            if event.kind() == "memory_alloc":
-                # Below nought only memory of before the start was released, which makes no room.
-                live = max(0, live + event.cpu_memory_usage())
-                highest = max(highest, live)
+        for change in [e.cpu_memory_usage() for e in events if e.kind() == "memory_alloc"]:
+            # Below nought only memory of before the start was released, which makes no room.
+            live = max(0, live + change)
+            highest = max(highest, live)
     return highest

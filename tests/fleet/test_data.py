@@ -590,6 +590,31 @@ print(len(load_data({str(tmp_path)!r}, "train")))
     assert ran.stdout.strip() == "24"
 
 
+def test_a_fleet_of_digits_is_dealt_out_without_the_large_libraries():
+    program = """
+import sys
+for name in ("datasets", "flwr_datasets", "pandas", "matplotlib", "sklearn.datasets"):
+    sys.modules[name] = None
+from fleet.data import load_data, partition
+labels = load_data("digits", "train").labels
+print(len(partition(labels, "iid", 3, 0)), len(partition(labels, "dirichlet:0.5", 3, 0)))
+print("sklearn" in sys.modules)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["3", "3", "False"]
+
+
+def test_digits_that_are_not_where_they_were_are_named(tmp_path, monkeypatch):
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn/__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"should hold .*digits.csv.gz and does not; install it"):
+        load_data("digits", "train")
+
+
 def break_images(root):
     """Three kinds of damage: no image at all, a JPEG cut short, a PNG with a bad checksum."""
     (root / "cat/00.jpg").write_bytes(b"no image")
@@ -785,15 +810,34 @@ def test_dirichlet_skew_falls_with_alpha():
     assert skews[0] > 0.5 and abs(skews[-1] - even) < 0.1
 
 
-def test_dirichlet_is_flowers_own_partition_for_the_seed():
+def flowers_parts(partitioner, labels, order):
     import datasets
+
+    partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "index": order})
+    parts = [partitioner.load_partition(i)["index"] for i in range(partitioner.num_partitions)]
+    return [sorted(part) for part in parts]
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@pytest.mark.parametrize(("alpha", "clients"), [(0.2, 5), (0.5, 5), (1.0, 1), (1.5, 20)])
+@pytest.mark.parametrize("seed", range(5))
+def test_dirichlet_is_flowers_own_partition_for_the_seed(alpha, clients, seed):
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    labels = random_labels(3)
-    theirs = DirichletPartitioner(5, "label", 0.5, min_partition_size=10, seed=3)
-    theirs.dataset = datasets.Dataset.from_dict({"label": labels, "index": np.arange(600)})
-    for i, part in enumerate(partition(labels, "dirichlet:0.5", 5, seed=3)):
-        assert part.tolist() == sorted(theirs.load_partition(i)["index"])
+    labels = random_labels(seed)
+    theirs = DirichletPartitioner(clients, "label", alpha, min_partition_size=10, seed=seed)
+    ours = partition(labels, f"dirichlet:{alpha}", clients, seed)
+    assert [part.tolist() for part in ours] == flowers_parts(theirs, labels, np.arange(600))
+
+
+@pytest.mark.parametrize("clients", [1, 7, 600])
+def test_iid_is_cut_as_flower_cuts(clients):
+    from flwr_datasets.partitioner import IidPartitioner
+
+    labels = random_labels(2)
+    order = np.random.default_rng(9).permutation(600)  # what `partition` puts the images in
+    ours = partition(labels, "iid", clients, seed=9)
+    assert [part.tolist() for part in ours] == flowers_parts(IidPartitioner(clients), labels, order)
 
 
 def test_dirichlet_with_a_small_alpha_still_fills_every_client():
@@ -869,11 +913,11 @@ def test_partitions_that_cannot_be_are_refused(spec, clients, message):
 @pytest.mark.parametrize(
     ("module", "call"),
     [
-        ("sklearn.datasets", lambda tmp: load_data("digits", "train")),
+        ("sklearn", lambda tmp: load_data("digits", "train")),
         ("scipy.io", lambda tmp: load_data("flowers102", "train")),
         ("datasets", lambda tmp: load_data("hf:someone/animals", "train")),
         ("pyarrow", lambda tmp: load_data(str(tmp), "train")),
-        ("flwr_datasets.partitioner", lambda tmp: partition([0, 1], "iid", 2, 0)),
+        ("flwr_datasets.partitioner", lambda tmp: partition([0, 1], "classes:1", 2, 0)),
     ],
 )
 def test_a_missing_extra_is_named(module, call, tmp_path, monkeypatch):

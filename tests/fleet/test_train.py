@@ -94,6 +94,18 @@ def test_same_seed_gives_the_same_model_dropout_included(make_model, digits, met
     assert not states_equal(first, other)
 
 
+@pytest.mark.parametrize("trims", [True, False])
+def test_memory_goes_back_to_the_system_between_steps_if_it_is_to(
+    trims, make_model, digits, monkeypatch
+):
+    trimmed = []
+    monkeypatch.setattr("fleet.train.trim", lambda: trimmed.append(True))
+    model, preprocessing = make_model("head")
+    data = digits.subset(range(8))
+    train_locally(model, data, preprocessing, config(batch_size=4), seed=0, trims=trims)
+    assert any(trimmed) == trims
+
+
 def test_training_leaves_the_global_generator_alone(make_model, digits):
     model, preprocessing = make_model("full")
     torch.manual_seed(7)

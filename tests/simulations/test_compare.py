@@ -18,7 +18,7 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import compare
 from simulations.cells import SHOWS, deciding_files, key_of
-from simulations.compare import load_recipe
+from simulations.comparing import load_recipe
 from tests.commands import FLEET
 from tests.runs import SMALL
 
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_pa
 
 
 def test_two_comparisons_in_one_folder_are_refused(tmp_path):
-    from simulations.compare import _alone_in
+    from simulations.comparing import _alone_in
 
     with _alone_in(tmp_path / "out"), pytest.raises(ConfigError, match="another comparison is run"):
         compare(RECIPE, tmp_path / "out")

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fleet.message import read_metrics, write_metrics
 from simulations.local_engine import LocalGrid, run_local
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +200,20 @@ def test_a_pushed_message_whose_reply_is_lost_has_an_id_all_the_same():
     ids = list(grid.push_messages(questions(grid)))
     assert len(set(ids)) == 3
     assert numbers(grid.pull_messages(ids)) == [1, 2]
+
+
+def test_flowers_own_apps_do_not_wait_for_what_only_runs_of_ours_need():
+    program = """
+import sys
+from simulations.local_engine import run_local
+print(*sorted(n for n in sys.modules if n in ("simulations.launch", "simulations.comparing")))
+import simulations
+print(simulations.simulate.__module__, simulations.compare.__module__)
+print({name for name in simulations.__all__ if not callable(getattr(simulations, name))})
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines() == ["", "simulations.launch simulations.comparing", "set()"]
+    with pytest.raises(ImportError, match="cannot import name 'simulat'"):
+        from simulations import simulat  # noqa: F401

@@ -3,7 +3,7 @@
 import pytest
 
 from fleet.errors import ConfigError
-from simulations.compare import load_recipe
+from simulations.comparing import load_recipe
 from simulations.comparison import COLUMNS
 from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
