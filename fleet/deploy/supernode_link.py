@@ -6,6 +6,9 @@ breaks inside TLS is such an error, and a bad link breaks many. And a SuperNode 
 nothing to do looks for a message every 3 s, which in a run of short rounds is most of
 what a round takes.
 
+A connection that nobody uses for 5 s is closed, and the app of a run is fetched anew for
+each; `fleet.deploy.fleet_client` does neither.
+
 A heartbeat has 5 s to be answered. Where an answer takes two, and a connection that was
 reset is made anew with three, a device so comes to count as offline while it works.
 
@@ -16,8 +19,11 @@ message before, and the server waits in vain for the last one.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -36,6 +42,7 @@ def improve() -> None:
 
     for change, module in (
         (keep_trying, fleet_http_connection),
+        (keep_connection, fleet_http_connection),
         (wait_for_heartbeats, fleet_http_client),
         (send_late_replies, start_client_internal),
         (look_sooner, start_client_internal),
@@ -71,6 +78,25 @@ def keep_trying(connection: ModuleType) -> None:
         return invoker
 
     connection.make_simple_http_retry_invoker = make_patient
+
+
+def keep_connection(connection: ModuleType) -> None:
+    """Let the SuperNode talk through a `PatientClient`; apps are kept beside its state.
+
+    Args:
+        connection: `flwr.supernode.fleet_http_connection`.
+    """
+    from fleet.deploy.fleet_client import PatientClient
+
+    if not issubclass(PatientClient, connection.FleetHttpClient):
+        raise AttributeError("the SuperNode's client is another one")
+    state = os.environ.get("FLEET_STATE")
+    apps = Path(state) / "apps" if state else None
+
+    class Client(PatientClient):
+        __init__ = partialmethod(PatientClient.__init__, apps=apps)
+
+    connection.FleetHttpClient = Client
 
 
 def wait_for_heartbeats(client: ModuleType) -> None:
