@@ -121,7 +121,8 @@ class StreamingGrid(Grid):
         """Earlier messages whose replies have come since, to be dropped: id, and bytes of each."""
         while self._outstanding:
             replies, unreadable = self._pull(self._outstanding.keys(), self._patience)
-            came = [(message_id, 0) for message_id in unreadable] + list(map(self._dropped, replies))
+            came = [(message_id, 0) for message_id in unreadable]
+            came += map(self._dropped, replies)
             self._late += came
             for message_id, _ in came:
                 self._outstanding.pop(message_id, None)

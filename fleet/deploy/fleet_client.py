@@ -47,7 +47,7 @@ class PatientClient(FleetHttpClient):
         self._pace = Pace(usual.read or 0.0)
         self._apps = Apps(apps) if apps is not None else None
 
-    def GetFab(self, request: GetFabRequest) -> GetFabResponse:  # noqa: N802, Flower's name
+    def GetFab(self, request: GetFabRequest) -> GetFabResponse:
         """As Flower's; an app that is here already is not fetched."""
         response = self._apps.find(request.hash_str) if self._apps else None
         if response is None:

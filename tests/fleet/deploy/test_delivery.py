@@ -1,5 +1,6 @@
 """A device whose answers are lost, against Flower's own state of a SuperLink."""
 
+import itertools
 import secrets
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from fleet.deploy.delivery import REMEMBERED_SECONDS, Deliveries
 
 SERVER = 1  # Flower's own node
+_SEEDS = itertools.count()
 
 
 class World:
@@ -50,7 +52,7 @@ class World:
 
     def ask(self):
         """The ServerApp sends the node a message; its id."""
-        message = self._message(SERVER, self.node, content=tensors(1))
+        message = self._message(SERVER, self.node, content=tensors())
         session = self.state.start_session(self.run)
         tree = get_object_tree(message)
         self.state.store_message_and_object_tree(
@@ -73,7 +75,7 @@ class World:
         self.handlers.confirm_message_received(request=request, state=self.state, store=self.store)
 
     def reply(self, message_id, error=None):
-        content = None if error else tensors(2)
+        content = None if error else tensors()
         return self._message(self.node, SERVER, content=content, error=error, answers=message_id)
 
     def announce(self, reply):
@@ -129,8 +131,9 @@ class World:
         return message
 
 
-def tensors(seed):
-    rng = np.random.default_rng(seed)
+def tensors():
+    """Never the same twice: Flower stores what is the same once."""
+    rng = np.random.default_rng(next(_SEEDS))
     return RecordDict({"model": ArrayRecord({"w": Array(rng.normal(size=9))})})
 
 
