@@ -150,7 +150,9 @@ def test_a_client_that_was_asked_twice_and_answers_both_is_no_second_of_its_name
     assert [m.metadata.dst_node_id for m in grid.sent].count(2) == 2
     slow.nodes.clear()
     assert roster.online(2) == {"far": 2, "near": 1}
-    assert roster.absent == {}
+    with pytest.raises(ConfigError) as error:
+        roster.online(3)
+    assert "refused" not in str(error.value)
 
 
 def test_a_client_that_was_refused_is_not_asked_over_and_over(scripted_grid):
