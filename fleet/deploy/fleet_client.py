@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.proto.fab_pb2 import GetFabRequest, GetFabResponse
-from flwr.supernode.fleet_http_client import FleetHttpClient
 from google.protobuf.message import DecodeError
 
 from fleet.durable import make_folder, write_durably
@@ -24,17 +22,22 @@ APPS_KEPT = 3  # a device may serve several runs, each with a version of its own
 _log = logging.getLogger("flwr")
 
 
-class PatientClient(FleetHttpClient):
-    """Flower's client, which keeps its connection, and waits as long as the link takes.
+def patient_client(client: type, apps: Path | None) -> type:
+    """Flower's client, made to keep its connection, and to wait as long as the link takes.
 
     Args:
+        client: `flwr.supernode.fleet_http_client.FleetHttpClient`.
         apps: folder of the apps that were fetched; None keeps none.
-        others: Flower's own, of `ProtobufClient`.
     """
+    return type("PatientClient", (_Patience, client), {"apps": Apps(apps) if apps else None})
 
-    def __init__(
-        self, *args: Any, verify: Any = True, apps: Path | None = None, **others: Any
-    ) -> None:
+
+class _Patience:
+    """What stands before Flower's client."""
+
+    apps: "Apps | None"
+
+    def __init__(self, *args: Any, verify: Any = True, **others: Any) -> None:
         super().__init__(*args, verify=verify, **others)
         usual = self._client.timeout
         self._client.close()
@@ -45,15 +48,14 @@ class PatientClient(FleetHttpClient):
             limits=httpx.Limits(keepalive_expiry=KEPT_SECONDS),
         )
         self._pace = Pace(usual.read or 0.0)
-        self._apps = Apps(apps) if apps is not None else None
 
-    def GetFab(self, request: GetFabRequest) -> GetFabResponse:
+    def GetFab(self, request: Any) -> Any:
         """As Flower's; an app that is here already is not fetched."""
-        response = self._apps.find(request.hash_str) if self._apps else None
+        response = self.apps.find(request.hash_str) if self.apps else None
         if response is None:
             response = super().GetFab(request)
-            if self._apps:
-                self._apps.keep(response)
+            if self.apps:
+                self.apps.keep(response)
         return response
 
     def _unary_unary(self, *, request: Any, timeout: float | None = None, **call: Any) -> Any:
@@ -127,8 +129,10 @@ class Apps:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, fab_hash: str) -> GetFabResponse | None:
-        """The server's answer with an app, if it is here, whole and unchanged."""
+    def find(self, fab_hash: str) -> Any:
+        """The server's answer with an app (`GetFabResponse`), if it is here unchanged; or None."""
+        from flwr.proto.fab_pb2 import GetFabResponse
+
         path = self._path(fab_hash)
         try:
             response = GetFabResponse.FromString(path.read_bytes())
@@ -139,7 +143,7 @@ class Apps:
             return None
         return response
 
-    def keep(self, response: GetFabResponse) -> None:
+    def keep(self, response: Any) -> None:
         """Keep an app, and of the others those that were used last."""
         fab_hash = hashlib.sha256(response.fab.content).hexdigest()
         try:

@@ -22,7 +22,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -81,22 +80,16 @@ def keep_trying(connection: ModuleType) -> None:
 
 
 def keep_connection(connection: ModuleType) -> None:
-    """Let the SuperNode talk through a `PatientClient`; apps are kept beside its state.
+    """Let the SuperNode talk through a `patient_client`; apps are kept beside its state.
 
     Args:
         connection: `flwr.supernode.fleet_http_connection`.
     """
-    from fleet.deploy.fleet_client import PatientClient
+    from fleet.deploy.fleet_client import patient_client
 
-    if not issubclass(PatientClient, connection.FleetHttpClient):
-        raise AttributeError("the SuperNode's client is another one")
     state = os.environ.get("FLEET_STATE")
     apps = Path(state) / "apps" if state else None
-
-    class Client(PatientClient):
-        __init__ = partialmethod(PatientClient.__init__, apps=apps)
-
-    connection.FleetHttpClient = Client
+    connection.FleetHttpClient = patient_client(connection.FleetHttpClient, apps)
 
 
 def wait_for_heartbeats(client: ModuleType) -> None:

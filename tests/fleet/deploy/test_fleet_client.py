@@ -12,10 +12,11 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fleet.deploy.fleet_client import APPS_KEPT, KEPT_SECONDS, Apps, Pace, PatientClient
+from fleet.deploy.fleet_client import APPS_KEPT, KEPT_SECONDS, Apps, Pace, patient_client
 from fleet.deploy.superlink import KEEP_ALIVE_SECONDS
 
 KIB = 1024
+PATIENT = patient_client(FleetHttpClient, None)
 
 
 @contextlib.contextmanager
@@ -50,11 +51,11 @@ def server(answer=lambda path: b""):
         web.shutdown()
 
 
-def connect(kind, address, **more):
-    return kind(f"http://{address}", **more)
+def connect(kind, address):
+    return kind(f"http://{address}")
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(FleetHttpClient, 2), (PatientClient, 1)])
+@pytest.mark.parametrize(("kind", "expected"), [(FleetHttpClient, 2), (PATIENT, 1)])
 def test_a_connection_that_is_not_used_for_a_while_is_kept(kind, expected):
     """What there is to mend: if Flower's own takes one too, it is mended."""
     with server() as (address, connections), connect(kind, address) as client:
@@ -79,7 +80,7 @@ def test_an_app_is_fetched_once_and_kept_for_the_next_client(tmp_path):
     request = GetFabRequest(hash_str=signed.fab.hash_str)
     with server(lambda path: signed.SerializeToString()) as (address, connections):
         for _ in range(2):
-            with connect(PatientClient, address, apps=tmp_path / "apps") as client:
+            with connect(patient_client(FleetHttpClient, tmp_path / "apps"), address) as client:
                 assert [client.GetFab(request) for _ in range(2)] == [signed, signed]
         assert connections == [["/v1/fleet/get-fab"]]
 
@@ -87,7 +88,7 @@ def test_an_app_is_fetched_once_and_kept_for_the_next_client(tmp_path):
 def test_without_a_folder_apps_are_fetched_each_time():
     with (
         server(lambda path: app().SerializeToString()) as (address, connections),
-        connect(PatientClient, address) as client,
+        connect(PATIENT, address) as client,
     ):
         for _ in range(2):
             assert client.GetFab(GetFabRequest(hash_str=app().fab.hash_str)) == app()
@@ -197,7 +198,7 @@ def test_nobody_waits_for_ever():
 
 def test_a_request_is_given_the_time_that_its_size_takes():
     timeouts = []
-    with server() as (address, _), connect(PatientClient, address) as client:
+    with server() as (address, _), connect(PATIENT, address) as client:
         client._pace.seconds_per_byte = 1e-3
         send = client._client.send
         client._client.send = lambda request, **more: (

@@ -9,7 +9,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.supernode import fleet_http_client, fleet_http_connection, start_client_internal
 
 from fleet.deploy import supernode_link
-from fleet.deploy.fleet_client import PatientClient
+from fleet.deploy.fleet_client import KEPT_SECONDS
 from fleet.deploy.supernode_link import (
     BUSY_SECONDS,
     HEARTBEAT_SECONDS,
@@ -103,15 +103,9 @@ def test_the_supernode_talks_through_a_patient_client_that_keeps_apps(
         monkeypatch.delenv("FLEET_STATE")
     keep_connection(connection)
     with connection.FleetHttpClient.from_server_address("pi:1", True, None, []) as client:
-        assert isinstance(client, PatientClient)
-        assert (client._apps and client._apps._folder) == (tmp_path / "apps" if state else None)
-
-
-def test_a_client_of_another_version_of_flower_stays(connection):
-    connection.FleetHttpClient = SimpleNamespace
-    with pytest.raises(AttributeError, match="another one"):
-        keep_connection(connection)
-    assert connection.FleetHttpClient is SimpleNamespace
+        assert isinstance(client, fleet_http_client.FleetHttpClient)
+        assert client._client._transport._pool._keepalive_expiry == KEPT_SECONDS
+        assert (client.apps and client.apps._folder) == (tmp_path / "apps" if state else None)
 
 
 def test_a_heartbeat_has_the_time_that_a_slow_link_takes(monkeypatch):
