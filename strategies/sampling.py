@@ -38,13 +38,15 @@ class Roster:
     """
 
     def __init__(self, grid: Grid, timeout: float) -> None:
-        self._grid = StreamingGrid(grid)
+        self._grid = StreamingGrid(grid, on_late=self._admit)
         self._timeout = timeout
         self._enrolled: dict[int, Enrolment] = {}  # node id → who it is
         self._ask_again: dict[int, float] = {}  # node id → when, at the earliest
         self._turned_away: Counter[int] = Counter()  # node id → how often
         self._reasons: set[str] = set()  # why clients were turned away
         self._absent: dict[int, str] = {}  # node id → why it takes no part, though it is there
+        self._questions: dict[str, int] = {}  # id of a message → node id, until it is answered
+        self._online: Set[int] = frozenset()  # node ids
 
     def online(self, min_clients: int) -> dict[str, int]:
         """Clients that can be reached now: name → node id, in order of names.
@@ -56,10 +58,11 @@ class Roster:
         """
         deadline = time.monotonic() + self._timeout
         while True:
-            nodes = set(self._grid.get_node_ids())
+            self._online = nodes = set(self._grid.get_node_ids())
+            self._grid.take_late()  # who took longer to answer than was waited for
             known = nodes & self._enrolled.keys()
             timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS
-            self._enrol(sorted(nodes - known), nodes, min(timeout, self._timeout))
+            self._enrol(sorted(nodes - known), min(timeout, self._timeout))
             self._absent = {
                 n: why for n, why in self._absent.items() if n in nodes and n not in self._enrolled
             }
@@ -108,7 +111,7 @@ class Roster:
             )
         return enrolment
 
-    def _enrol(self, nodes: Sequence[int], online: Set[int], timeout: float) -> None:
+    def _enrol(self, nodes: Sequence[int], timeout: float) -> None:
         """Ask new nodes who they are."""
         now = time.monotonic()
         nodes = [n for n in nodes if now >= self._ask_again.get(n, -np.inf)]
@@ -120,20 +123,25 @@ class Roster:
             )
             self._turned_away[node] += 1
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        replies = list(self._grid.send_and_receive(questions, timeout=timeout))
+        replies = self._grid.send_and_receive(questions, timeout=timeout)
+        self._questions |= {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
+        for reply in list(replies):
+            self._admit(reply)
+
+    def _admit(self, reply: Message) -> None:
+        """Enrol whoever has introduced itself, or remember why it takes no part."""
         # A reply may name any sender; which question it answers, it cannot choose.
-        asked = {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
-        taken = {e.name for node, e in self._enrolled.items() if node in online}
-        for reply in replies:
-            node = asked.pop(reply.metadata.reply_to_message_id, None)
-            try:
-                if reply.has_error():
-                    raise UpdateError(str(reply.error.reason))
-                if node is not None:
-                    self._enrolled[node] = self._checked(_introduction(reply), taken)
-                    taken.add(self._enrolled[node].name)
-            except UpdateError as error:
-                self._turn_away(node, str(error)[-_MAX_REASON:])
+        node = self._questions.pop(reply.metadata.reply_to_message_id, None)
+        if node in self._enrolled:
+            return  # it was asked twice
+        taken = {e.name for n, e in self._enrolled.items() if n in self._online}
+        try:
+            if reply.has_error():
+                raise UpdateError(str(reply.error.reason))
+            if node is not None:
+                self._enrolled[node] = self._checked(_introduction(reply), taken)
+        except UpdateError as error:
+            self._turn_away(node, str(error)[-_MAX_REASON:])
 
     def _turn_away(self, node: int | None, reason: str) -> None:
         if node is not None:

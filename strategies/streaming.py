@@ -2,12 +2,14 @@
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from logging import WARNING
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
@@ -18,8 +20,9 @@ from fleet.message import REFUSED, content_bytes
 _REMEMBERED = 10_000  # messages whose late replies are counted
 POLL_SECONDS = 0.3  # Flower's own grid polls every 3 s
 # Flower's grid waits for up to 180 s within a look, for a reply whose sender died as it sent
-# it. Nobody else waits for that: a look that takes longer than this goes on by itself. It is
-# more than a look takes on a busy machine: two at once may bring the same reply twice.
+# it, or sends it over a slow link. Nobody else waits for that: a look that takes longer than
+# this goes on by itself. It is more than a look takes on a busy machine: two at once may bring
+# the same reply twice.
 PATIENCE_SECONDS = 30.0
 _MOST_LOOKS = 64  # at once: each may be held up by a sender that has died
 _UNSENT = "the message could not be sent; the server's log says why"
@@ -47,6 +50,7 @@ class StreamingGrid(Grid):
         grid: through which messages go.
         poll_seconds: between two looks for replies.
         patience: seconds that a look may take before another one is begun beside it.
+        on_late: is given each reply to an earlier message, before it is dropped.
     """
 
     def __init__(
@@ -54,13 +58,15 @@ class StreamingGrid(Grid):
         grid: Grid,
         poll_seconds: float = POLL_SECONDS,
         patience: float = PATIENCE_SECONDS,
+        on_late: Callable[[Message], None] = lambda reply: None,
     ) -> None:
         self._grid = grid
         self._poll_seconds = poll_seconds
         self._patience = patience
-        self._looks: SimpleQueue[list[Message] | Exception] = SimpleQueue()  # that have ended
+        self._on_late = on_late
+        self._ended: SimpleQueue[_Look] = SimpleQueue()
+        self._under_way: list[_Look] = []  # that have not ended, or whose replies nobody has taken
         self._seen: dict[str, None] = {}  # ids of replies
-        self._looking = 0  # looks that have not, or whose replies nobody has taken
         # A simulated fleet answers as it is asked: what does not come then, never comes.
         self._waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: dict[str, None] = {}  # ids of messages that nobody waits for any more
@@ -115,7 +121,8 @@ class StreamingGrid(Grid):
         """Earlier messages whose replies have come since, to be dropped: id, and bytes of each."""
         while self._outstanding:
             replies, unreadable = self._pull(self._outstanding.keys(), self._patience)
-            came = [(message_id, 0) for message_id in unreadable] + list(map(_late, replies))
+            came = [(message_id, 0) for message_id in unreadable]
+            came += map(self._dropped, replies)
             self._late += came
             for message_id, _ in came:
                 self._outstanding.pop(message_id, None)
@@ -146,7 +153,7 @@ class StreamingGrid(Grid):
             self._outstanding |= dict.fromkeys(sorted(waiting))
             while len(self._outstanding) > _REMEMBERED:  # the oldest will not come any more
                 del self._outstanding[next(iter(self._outstanding))]
-            self._late += map(_late, pulled)
+            self._late += map(self._dropped, pulled)
 
     def _without_late(self, replies: list[Message]) -> list[Message]:
         """Without replies to earlier messages, or again, which a look that took long may bring."""
@@ -156,10 +163,15 @@ class StreamingGrid(Grid):
         while len(self._seen) > _REMEMBERED:
             del self._seen[next(iter(self._seen))]
         late = [r for r in replies if r.metadata.reply_to_message_id in self._outstanding]
-        for message_id, nbytes in map(_late, late):
+        for message_id, nbytes in map(self._dropped, late):
             self._late.append((message_id, nbytes))
             self._outstanding.pop(message_id, None)
         return [r for r in replies if r not in late]
+
+    def _dropped(self, reply: Message) -> tuple[str, int]:
+        self._on_late(reply)
+        nbytes = content_bytes(reply.content) if reply.has_content() else 0
+        return reply.metadata.reply_to_message_id, nbytes
 
     def _pull(self, message_ids: Set[str], seconds: float) -> tuple[list[Message], dict[str, str]]:
         """Replies that are there, and why others cannot be read.
@@ -199,25 +211,62 @@ class StreamingGrid(Grid):
         if not self._waits:  # in one process nothing is built from bytes: a fault is ours
             return list(self._grid.pull_messages(message_ids))
 
-        def look() -> None:
-            try:
-                self._looks.put(list(self._grid.pull_messages(message_ids)))
-            except _UNREADABLE as error:
-                self._looks.put(_Unreadable(message_ids, error))
-            except Exception as error:  # it is raised where it is waited for
-                self._looks.put(error)
-
-        if self._looks.empty() and self._looking < _MOST_LOOKS:
-            self._looking += 1
-            threading.Thread(target=look, name="look for replies", daemon=True).start()
+        if self._ended.empty() and len(self._under_way) < _MOST_LOOKS:
+            self._begin_look(message_ids)
         try:
-            found = self._looks.get(timeout=max(0.0, min(seconds, self._patience)))
+            look = self._ended.get(timeout=max(0.0, min(seconds, self._patience)))
         except Empty:
             return []
-        self._looking -= 1
-        if isinstance(found, Exception):
-            raise found
-        return found
+        self._under_way.remove(look)
+        if look.error is not None:
+            raise look.error
+        return [reply for reply in look.replies if not _is_with_another(reply, look)]
+
+    def _begin_look(self, message_ids: set[str]) -> None:
+        look = _Look(message_ids)
+        for other in self._under_way:
+            look.asked_by_others |= other.asked
+            other.asked_by_others |= look.asked
+        self._under_way.append(look)
+
+        def pull() -> None:
+            try:
+                look.replies = list(self._grid.pull_messages(set(message_ids)))
+            except _UNREADABLE as error:
+                look.error = _Unreadable(message_ids, error)
+            except Exception as error:  # it is raised where it is waited for
+                look.error = error
+            self._ended.put(look)
+
+        threading.Thread(target=pull, name="look for replies", daemon=True).start()
+
+
+@dataclass(eq=False)
+class _Look:
+    """One question to the grid below, in a thread of its own.
+
+    Args:
+        asked: ids of messages whose replies are looked for.
+    """
+
+    asked: Collection[str]
+    asked_by_others: set[str] = field(default_factory=set)  # while this look was under way
+    replies: list[Message] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def _is_with_another(reply: Message, look: _Look) -> bool:
+    """Whether another look may be fetching the reply that this one was told there is not.
+
+    Flower forgets a message as it hands out the reply's name, before the reply itself is
+    there, which over a slow link takes minutes. Whoever asks again by then is told that there
+    is no such message. Where that is the truth, the next look is told so too.
+    """
+    return (
+        reply.has_error()
+        and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
+        and reply.metadata.reply_to_message_id in look.asked_by_others
+    )
 
 
 class _Unreadable(Exception):
@@ -226,11 +275,6 @@ class _Unreadable(Exception):
     def __init__(self, asked: set[str], error: Exception) -> None:
         super().__init__(f"{error!r:.200}")
         self.asked = asked
-
-
-def _late(reply: Message) -> tuple[str, int]:
-    nbytes = content_bytes(reply.content) if reply.has_content() else 0
-    return reply.metadata.reply_to_message_id, nbytes
 
 
 def _error(reason: str, message: Message) -> Message:

@@ -1,10 +1,17 @@
-"""The app as Flower sends it to devices, from a checkout or from what is installed."""
+"""The app as Flower sends it to devices, from a checkout or from what is installed.
 
+Every device fetches it before its first message of a run, over whatever link it has.
+"""
+
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 from fleet.errors import ConfigError
 
 PACKAGES = ("fleet", "clients", "strategies")
+# Commands, which a machine runs from its own installation; no run imports them.
+LEFT_OUT = ("fleet/cli", "fleet/deploy", "clients/doctor")
 _PROJECT = "pyproject.toml"
 
 
@@ -28,7 +35,8 @@ def app_files(root: Path | None = None) -> dict[str, Path]:
         if not modules:
             raise ConfigError(f"package {package} is missing in {root}; install fleet-mobiletl")
         files |= {module.relative_to(root).as_posix(): module for module in modules}
-    return files
+    commands = tuple(f"{folder}/" for folder in LEFT_OUT)
+    return {path: file for path, file in files.items() if not path.startswith(commands)}
 
 
 def build_app(root: Path | None = None) -> bytes:
@@ -41,6 +49,21 @@ def build_app(root: Path | None = None) -> bytes:
 
     files = app_files(root)
     try:
-        return build_fab_from_files(files)[0]
+        bundle = build_fab_from_files(files)[0]
     except (ValueError, OSError) as error:
         raise ConfigError(f"Flower cannot bundle the app: {error}") from error
+    return _deflated(bundle)
+
+
+def _deflated(bundle: bytes) -> bytes:
+    """The same files, compressed. Flower 1.41 asks for that too, and each file undoes it."""
+    smaller = BytesIO()
+    with zipfile.ZipFile(BytesIO(bundle)) as stored, zipfile.ZipFile(smaller, "w") as deflated:
+        for member in stored.infolist():
+            deflated.writestr(
+                zipfile.ZipInfo(member.filename, member.date_time),
+                stored.read(member),
+                zipfile.ZIP_DEFLATED,
+                compresslevel=9,
+            )
+    return smaller.getvalue()

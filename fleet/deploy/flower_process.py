@@ -11,6 +11,9 @@ from pathlib import Path
 # A round is a chain of short tasks, each of which waits for somebody to look: Flower's own
 # interval is 1 s. On a device a look costs it some CPU for as long as it is idle.
 SERVER_POLL_SECONDS, DEVICE_POLL_SECONDS = 0.1, 0.4
+# Of a piece of a tensor. Flower's 5 MiB take 11 minutes at 64 kbit/s; a server gives up a
+# reply of which nothing more has come for 3, and a reset begins a piece anew.
+CHUNK_BYTES = 256 * 1024
 
 _PARENT_POLL_SECONDS = 1.0
 
@@ -35,6 +38,7 @@ def flower_environment(home: Path, poll_seconds: float, **more: str) -> dict[str
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(home),
+        "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll_seconds),
         "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),

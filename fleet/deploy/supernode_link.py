@@ -6,6 +6,9 @@ breaks inside TLS is such an error, and a bad link breaks many. And a SuperNode 
 nothing to do looks for a message every 3 s, which in a run of short rounds is most of
 what a round takes.
 
+A connection that nobody uses for 5 s is closed, and the app of a run is fetched anew for
+each; `fleet.deploy.fleet_client` does neither.
+
 A heartbeat has 5 s to be answered. Where an answer takes two, and a connection that was
 reset is made anew with three, a device so comes to count as offline while it works.
 
@@ -16,8 +19,10 @@ message before, and the server waits in vain for the last one.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -36,6 +41,7 @@ def improve() -> None:
 
     for change, module in (
         (keep_trying, fleet_http_connection),
+        (keep_connection, fleet_http_connection),
         (wait_for_heartbeats, fleet_http_client),
         (send_late_replies, start_client_internal),
         (look_sooner, start_client_internal),
@@ -71,6 +77,19 @@ def keep_trying(connection: ModuleType) -> None:
         return invoker
 
     connection.make_simple_http_retry_invoker = make_patient
+
+
+def keep_connection(connection: ModuleType) -> None:
+    """Let the SuperNode talk through a `patient_client`; apps are kept beside its state.
+
+    Args:
+        connection: `flwr.supernode.fleet_http_connection`.
+    """
+    from fleet.deploy.fleet_client import patient_client
+
+    state = os.environ.get("FLEET_STATE")
+    apps = Path(state) / "apps" if state else None
+    connection.FleetHttpClient = patient_client(connection.FleetHttpClient, apps)
 
 
 def wait_for_heartbeats(client: ModuleType) -> None:

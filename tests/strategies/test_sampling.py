@@ -107,6 +107,54 @@ def test_a_client_that_was_refused_is_asked_again(scripted_grid, monkeypatch):
     assert Roster(scripted_grid(refused_once()), timeout=10).online(1) == {"a": 1}
 
 
+class Slow:
+    """A grid on which some nodes' answers come only once they are let through."""
+
+    def __init__(self, grid, *nodes):
+        self.grid, self.nodes, self.pull = grid, set(nodes), grid.pull_messages
+        grid.pull_messages = self.pull_messages
+
+    def pull_messages(self, message_ids):
+        there = {
+            m.metadata.message_id
+            for m in self.grid.sent
+            if m.metadata.dst_node_id not in self.nodes
+        }
+        return self.pull(there & message_ids)
+
+
+def test_an_introduction_that_took_longer_than_was_waited_for_counts_without_another(
+    scripted_grid, monkeypatch
+):
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 0.05)
+    grid = scripted_grid({1: enrols("near"), 2: enrols("far")})
+    slow = Slow(grid, 2)
+    roster = Roster(grid, timeout=5)
+    assert roster.online(1) == {"near": 1}
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 1000.0)
+    assert roster.online(1) == {"near": 1}
+    slow.nodes.clear()
+    asked = len(grid.sent)
+    assert roster.online(1) == {"far": 2, "near": 1}
+    assert len(grid.sent) == asked
+
+
+def test_a_client_that_was_asked_twice_and_answers_both_is_no_second_of_its_name(
+    scripted_grid, monkeypatch
+):
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 0.0)
+    grid = scripted_grid({1: enrols("near"), 2: enrols("far")})
+    slow = Slow(grid, 2)
+    roster = Roster(grid, timeout=0.05)
+    roster.online(1), roster.online(1)
+    assert [m.metadata.dst_node_id for m in grid.sent].count(2) == 2
+    slow.nodes.clear()
+    assert roster.online(2) == {"far": 2, "near": 1}
+    with pytest.raises(ConfigError) as error:
+        roster.online(3)
+    assert "refused" not in str(error.value)
+
+
 def test_a_client_that_was_refused_is_not_asked_over_and_over(scripted_grid):
     grid = scripted_grid(refused_once())
     with pytest.raises(ConfigError, match=r"min-clients is 1.*\n  refused: no images yet$"):

@@ -2,7 +2,8 @@ import threading
 import time
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from google.protobuf.message import DecodeError
 
 from fleet.message import content_bytes
@@ -285,6 +286,72 @@ def test_what_an_earlier_look_could_not_read_is_not_laid_to_another_message(scri
     ids = {m.metadata.message_id: m.metadata.dst_node_id for m in grid.sent}
     failed = {ids[r.metadata.reply_to_message_id]: r.has_error() for r in replies}
     assert failed == {1: False, 2: True}
+
+
+class SlowLink:
+    """A grid whose first look waits for a node's reply to come over a slow link.
+
+    As Flower's, it forgets a message as it hands out its reply's name: who looks again
+    meanwhile is told that there is no such message.
+    """
+
+    def __init__(self, grid, node, brings=True):
+        self.grid, self.node, self.brings = grid, node, brings
+        self.arrived, self.refusals, self.handed_out = threading.Event(), 0, set()
+        self.pull = grid.pull_messages
+        grid.pull_messages = self.pull_messages
+
+    def pull_messages(self, message_ids):
+        mine = {
+            m.metadata.message_id for m in self.grid.sent if m.metadata.dst_node_id == self.node
+        }
+        mine &= message_ids
+        if mine - self.handed_out:
+            self.handed_out |= mine
+            self.arrived.wait(60)
+            return self.pull(mine) if self.brings else []
+        self.refusals += len(mine)
+        return [*self.pull(message_ids - mine), *map(self.unavailable, mine)]
+
+    def unavailable(self, message_id):
+        (message,) = (m for m in self.grid.sent if m.metadata.message_id == message_id)
+        return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "there is none"), reply_to=message)
+
+
+def test_a_reply_that_takes_long_over_its_link_is_not_taken_for_one_that_never_comes(scripted_grid):
+    grid = scripted_grid({1: answers, 2: answers})
+    link = SlowLink(grid, 2)
+    replies = StreamingGrid(grid, 0.01, patience=0.1).send_and_receive(
+        map(question, (1, 2)), timeout=60
+    )
+    assert nodes_of([next(replies)]) == [1]
+    threading.Timer(0.5, link.arrived.set).start()
+    (reply,) = replies
+    assert link.refusals > 2  # others looked, and were told that there is none
+    assert reply.metadata.src_node_id == 2 and not reply.has_error()
+
+
+def test_a_reply_that_never_comes_is_told_once_the_look_for_it_has_ended(scripted_grid):
+    grid = scripted_grid({1: answers, 2: answers})
+    link = SlowLink(grid, 2, brings=False)
+    replies = StreamingGrid(grid, 0.01, patience=0.1).send_and_receive(
+        map(question, (1, 2)), timeout=60
+    )
+    assert nodes_of([next(replies)]) == [1]
+    threading.Timer(0.3, link.arrived.set).start()
+    (reply,) = replies
+    assert reply.error.reason == "there is none"
+
+
+def test_whoever_wants_to_hears_of_replies_that_are_late(scripted_grid, clock):
+    grid = scripted_grid({1: answers, 2: answers, 3: answers})
+    After(grid, clock).due = {2: 1010.0}
+    heard = []
+    streaming_grid = StreamingGrid(grid, 0.5, on_late=heard.append)
+    assert nodes_of(streaming_grid.send_and_receive(map(question, (1, 2)), timeout=1.0)) == [1]
+    clock.now = 1010.0
+    streaming_grid.take_late()
+    assert nodes_of(heard) == [2]
 
 
 def test_a_reply_that_two_looks_bring_counts_once(scripted_grid):

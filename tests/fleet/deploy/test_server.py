@@ -1,3 +1,5 @@
+import ast
+import importlib.util
 import json
 import re
 import socket
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 from fleet.cli import main
 from fleet.deploy import server as module
 from fleet.deploy.addresses import Address
-from fleet.deploy.app_bundle import app_files, build_app
+from fleet.deploy.app_bundle import LEFT_OUT, app_files, build_app
 from fleet.deploy.control import ControlError
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
@@ -291,6 +293,36 @@ def test_the_app_holds_what_server_and_devices_run_and_nothing_of_simulations():
     assert {"pyproject.toml", "fleet/config.py", "clients/client_app.py"} <= names
     assert "strategies/server_app.py" in names
     assert not [name for name in names if name.startswith(("simulations", "tests"))]
+
+
+def test_every_device_fetches_the_app_over_its_link_so_it_is_small():
+    with zipfile.ZipFile(BytesIO(build_app())) as app:
+        files = app.infolist()
+    assert len(build_app()) < sum(file.file_size for file in files) / 2
+
+
+def test_flower_installs_the_app(tmp_path):
+    from flwr.cli.install import install_from_fab
+
+    with zipfile.ZipFile(BytesIO(build_app())) as app:  # it holds every file against its hash
+        installed = install_from_fab(build_app(), tmp_path, skip_prompt=True)
+        names = [name for name in app.namelist() if not name.startswith(".info/")]
+        assert all((installed / name).read_bytes() == app.read(name) for name in names)
+
+
+def test_what_the_app_leaves_out_no_run_imports(tmp_path):
+    """What a run imports is in the app: the rest of the project is hidden from it."""
+    with zipfile.ZipFile(BytesIO(build_app())) as app:
+        app.extractall(tmp_path)
+    left_out = [folder.replace("/", ".") for folder in LEFT_OUT]
+    assert all(importlib.util.find_spec(name) for name in left_out)
+    for path in tmp_path.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                assert not name.startswith(tuple(left_out)), f"{path} imports {name}"
 
 
 def test_the_app_of_an_installation_is_that_of_the_checkout(tmp_path):

@@ -9,10 +9,12 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.supernode import fleet_http_client, fleet_http_connection, start_client_internal
 
 from fleet.deploy import supernode_link
+from fleet.deploy.fleet_client import KEPT_SECONDS
 from fleet.deploy.supernode_link import (
     BUSY_SECONDS,
     HEARTBEAT_SECONDS,
     SOON_SECONDS,
+    keep_connection,
     keep_trying,
     look_sooner,
     wait_for_heartbeats,
@@ -91,6 +93,21 @@ def test_an_answer_that_trying_again_does_not_change_still_ends_it(connection):
         invoke(connection, failing(error, 1))
 
 
+@pytest.mark.parametrize("state", [True, False])
+def test_the_supernode_talks_through_a_patient_client_that_keeps_apps(
+    connection, monkeypatch, tmp_path, state
+):
+    if state:
+        monkeypatch.setenv("FLEET_STATE", str(tmp_path))
+    else:
+        monkeypatch.delenv("FLEET_STATE")
+    keep_connection(connection)
+    with connection.FleetHttpClient.from_server_address("pi:1", True, None, []) as client:
+        assert isinstance(client, fleet_http_client.FleetHttpClient)
+        assert client._client._transport._pool._keepalive_expiry == KEPT_SECONDS
+        assert (client.apps and client.apps._folder) == (tmp_path / "apps" if state else None)
+
+
 def test_a_heartbeat_has_the_time_that_a_slow_link_takes(monkeypatch):
     monkeypatch.setattr(fleet_http_client, "HEARTBEAT_CALL_TIMEOUT", 5)  # put back afterwards
     asked = {}
@@ -146,7 +163,7 @@ def test_flowers_loop_is_as_look_sooner_takes_it_to_be():
 
 def test_a_flower_that_has_other_names_stays_as_it_is_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
-    for name in ("keep_trying", "wait_for_heartbeats"):
+    for name in ("keep_trying", "keep_connection", "wait_for_heartbeats"):
         monkeypatch.setattr(supernode_link, name, lambda module: None)
     monkeypatch.setattr(supernode_link, "_log", logging.getLogger("flower of a test"))
     supernode_link.improve()
