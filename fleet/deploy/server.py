@@ -30,6 +30,7 @@ from fleet.deploy.membership import Membership
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import EXPIRES_SOON_DAYS, ServerFolder, days_left
 from fleet.deploy.registry import read_devices
+from fleet.deploy.room import want_of_room
 from fleet.deploy.run_keeper import RunKeeper
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.wishes import Wishes
@@ -226,6 +227,8 @@ class Attendant:
         self._stopped.set()
 
     def _go_round(self) -> None:
+        with self._complaints("room"):
+            self._look_at_room()
         with self._complaints("certificate"):
             self._look_at_certificate()
         if self.supervisor.uptime(SUPERLINK) is None or not self._is_well():
@@ -241,6 +244,12 @@ class Attendant:
             self._control.close()
             self._control = None
             raise
+
+    def _look_at_room(self) -> None:
+        """Without room the SuperLink answers everybody that it has an error, and not which."""
+        for folder in (self.options.state, self.options.folder.runs_path):
+            if lacking := want_of_room(folder):
+                raise ConfigError(lacking)
 
     def _is_well(self) -> bool:
         """Whether the SuperLink answers; one that has not for long is started again."""

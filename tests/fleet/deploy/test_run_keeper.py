@@ -219,6 +219,19 @@ def test_for_want_of_devices_it_waits_and_is_never_given_up(wishes, flower, atte
     assert (standing.status, standing.reason) == ("running", "")
 
 
+def test_for_want_of_room_it_waits_and_is_never_given_up(wishes, flower, attend, monkeypatch):
+    full = "the disk of the record is full"
+    monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: full)
+    assert attend().status == attend().status == "waiting" and not flower.submitted
+    assert attend().reason == f"it waits for room: {full}"
+    for _ in range(2 * MOST_FRUITLESS):
+        monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: "")
+        assert attend().status == "running"
+        monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: full)
+        flower.end("failed", "No space left on device")
+        assert (attend().status, attend().fruitless) == ("waiting", 0)
+
+
 def test_two_losses_with_a_round_between_do_not_add_up(wishes, flower, attend):
     fruitless = []
     for number in range(6):

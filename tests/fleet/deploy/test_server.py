@@ -202,6 +202,20 @@ def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, mo
     assert caplog.text.count("the registry cannot be read; tried again") == 1
 
 
+def test_a_disk_that_is_full_is_told_once_and_again_when_it_is_once_more(
+    options, monkeypatch, caplog
+):
+    attendant = Attendant(options, FakeSupervisor(uptime=None))
+    lacking = {options.folder.runs_path: "the disk of runs is full"}
+    monkeypatch.setattr(module, "want_of_room", lambda folder: lacking.get(folder, ""))
+    for full in (True, True, False, True):
+        lacking[options.state] = "the disk of state is full" if full else ""
+        attendant._go_round()
+    told = [record.getMessage() for record in caplog.records]
+    state, runs = (f"the disk of {folder} is full; tried again" for folder in ("state", "runs"))
+    assert told == [state, runs, state]
+
+
 @pytest.fixture
 def attended(options, monkeypatch):
     """An attendant of a SuperLink that is well, and how often it has attended the runs."""
