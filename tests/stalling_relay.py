@@ -22,8 +22,9 @@ class StallingRelay:
     def __init__(self, to: tuple[str, int]) -> None:
         self.stalled = threading.Event()
         self._to = to
-        self._passes = threading.Event()
-        self._passes.set()
+        self._goes_on = threading.Event()
+        self._goes_on.set()
+        self._everything = False
         self._stop_after: int | None = None
         self._open: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -33,18 +34,24 @@ class StallingRelay:
         """Where it listens, on loopback."""
         return self._listener.getsockname()[1]
 
-    def stall_in_next_upload(self, nbytes: int) -> None:
-        """Stop once a request has so many bytes; from then on nothing passes on any connection."""
+    def stall_in_uploads(self, nbytes: int, everything: bool) -> None:
+        """Stop a request once it has so many bytes, the next as those after it.
+
+        Args:
+            everything: from then on nothing passes on any connection.
+        """
         self.stalled.clear()
-        self._stop_after = nbytes
+        self._goes_on.clear()
+        self._everything, self._stop_after = everything, nbytes
 
     def go_on(self) -> None:
         """Let new connections pass; those from before are reset."""
         self._stop_after = None
+        self.stalled.clear()
         held, self._open = self._open, []
         for end in held:
             _reset(end)
-        self._passes.set()
+        self._goes_on.set()
 
     def serve(self) -> None:
         """Accept connections until it is closed."""
@@ -77,16 +84,19 @@ class StallingRelay:
             while data := source.recv(_PIECE):
                 sent[0] = sent[0] + len(data) if up else 0
                 if self._stop_after is not None and sent[0] > self._stop_after:
-                    self._passes.clear()
                     self.stalled.set()
-                self._passes.wait()
+                    self._goes_on.wait()
+                self._wait_if_all_is_stalled()
                 target.sendall(data)
-        # An end is passed on as well, unless nothing is.
-        self._passes.wait()
+        self._wait_if_all_is_stalled()  # an end is passed on as bytes are
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
+
+    def _wait_if_all_is_stalled(self) -> None:
+        if self._everything and self.stalled.is_set():
+            self._goes_on.wait()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A device that is lost in the middle of sending its update: the round ends at its deadline.
 
-By then the server has been told of the reply, and Flower waits for the rest of it:
-three minutes, whatever the deadline.
+By then the server has been told of the reply, and Flower waits for the rest of it,
+whatever the deadline, for up to three minutes.
 """
 
 from collections.abc import Iterator
@@ -25,10 +25,11 @@ from tests.stalling_relay import StallingRelay, stalling_relay
 CLASSES = {"eight": 8, "one": 1}
 IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}  # of each class
 LOST = "pi-02"
-CUT_OFF, KILLED = 2, 4  # rounds in which it is
+HELD_UP, KILLED = 2, 4  # rounds in which its update is; in the first its heartbeats pass
 UPLOAD_BYTES = 100_000  # an update has more, and nothing else that a device sends
-ROUND_SECONDS = 90
-SLACK_SECONDS = 45  # for evaluation and checkpoint, on a machine that is busy
+# Less than Flower takes to notice, by heartbeats or by an upload that does not get on.
+ROUND_SECONDS = 40
+SLACK_SECONDS = 15  # for evaluation and checkpoint, on a machine that is busy
 RUN_SECONDS = 900
 SETTINGS = {
     "image-size": 32,
@@ -36,7 +37,7 @@ SETTINGS = {
     "blocks": 2,
     "local-epochs": 1,
     "batch-size": 8,
-    "rounds": 5,
+    "rounds": 6,
     "min-clients": 2,
     "round-timeout": ROUND_SECONDS,
 }
@@ -55,18 +56,17 @@ def rounds() -> Iterator[dict[int, RoundReport]]:
             raise
 
 
-@pytest.mark.parametrize("lost", [CUT_OFF, KILLED])
+@pytest.mark.parametrize("lost", [HELD_UP, KILLED])
 def test_the_round_ends_at_its_deadline_and_names_the_device(rounds, lost):
     report = rounds[lost]
-    print(report.seconds, report.refused)
-    assert report.seconds < ROUND_SECONDS + SLACK_SECONDS
+    assert ROUND_SECONDS <= report.seconds < ROUND_SECONDS + SLACK_SECONDS
     assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
-    assert report.refused.keys() == {LOST}
+    assert report.refused == {LOST: f"no reply within {ROUND_SECONDS} s"}
 
 
 def test_the_device_takes_part_before_and_after(rounds):
     assert [*rounds] == [*range(SETTINGS["rounds"] + 1)]
-    for number in {1, 3, 5}:
+    for number in (1, 3, 6):  # as round 5 begins, the server may not have noticed yet
         assert {client.name for client in rounds[number].clients} == {"pi-01", LOST}
         assert rounds[number].refused == {}
 
@@ -95,9 +95,9 @@ def live(processes: Processes, port: int, relay: StallingRelay) -> list[RoundRep
         what = f"round {server_round}"
         processes.wait(what, lambda: rounds_on_record(record) >= count, RUN_SECONDS)
 
-    for lost in (CUT_OFF, KILLED):
+    for lost in (HELD_UP, KILLED):
         is_done(lost - 1)
-        relay.stall_in_next_upload(UPLOAD_BYTES)
+        relay.stall_in_uploads(UPLOAD_BYTES, everything=lost == KILLED)
         processes.wait("the upload has begun", relay.stalled.is_set, RUN_SECONDS)
         if lost == KILLED:
             processes.kill(LOST)

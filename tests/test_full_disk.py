@@ -154,6 +154,7 @@ def live(processes: Processes, server: Disk, device: Disk) -> Life:
         fill_for(device, 1)
     processes.wait("the device says so", lambda: "is full" in processes.log(FULL), 60)
     device.free()
+    processes.wait("there is room", lambda: "has room again" in processes.log(FULL), 60)
     processes.finish("run", RUN_SECONDS)
     return Life(
         before=before,

@@ -122,7 +122,8 @@ class RunKeeper:
         run_id = control.unfinished(wish.run_dir)
         if run_id is None:
             settings = dict(wish.settings) | {"run-dir": wish.run_dir}
-            if standing.submissions:
+            # A folder that holds a run is this one's, whose standing somebody has removed.
+            if standing.submissions or Path(wish.run_dir, "config.toml").is_file():
                 settings["resume"] = True
             try:
                 run_id = control.start_run(self._wishes.app(name), settings)

@@ -153,6 +153,16 @@ def test_a_run_that_a_lost_database_forgot_goes_on(flower, attend):
     assert attend().status == "running"
 
 
+def test_a_run_whose_standing_was_removed_goes_on(wishes, flower, attend):
+    attend()
+    add_round(wishes, 0)
+    flower.end("failed")
+    (wishes.folder / "first.state.toml").unlink()
+    standing = attend()
+    assert (standing.status, standing.submissions) == ("running", 1)
+    assert [settings["resume"] for _, settings in flower.submitted] == [False, True]
+
+
 def test_a_run_that_is_complete_without_a_summary_has_not_ended_well(flower, attend):
     attend()
     flower.end("completed")
