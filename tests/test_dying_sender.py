@@ -4,6 +4,7 @@ By then the server has been told of the reply, and Flower waits for the rest of 
 whatever the deadline, for up to three minutes.
 """
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -27,9 +28,8 @@ IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}  # of each class
 LOST = "pi-02"
 HELD_UP, KILLED = 2, 4  # rounds in which its update is; in the first its heartbeats pass
 UPLOAD_BYTES = 100_000  # an update has more, and nothing else that a device sends
-# Less than Flower takes to notice, by heartbeats or by an upload that does not get on.
-ROUND_SECONDS = 40
-SLACK_SECONDS = 15  # for evaluation and checkpoint, on a machine that is busy
+ROUND_SECONDS = 90  # half of what Flower gives an upload that does not get on
+SLACK_SECONDS = 45  # for evaluation and checkpoint, on a machine that is busy
 RUN_SECONDS = 900
 SETTINGS = {
     "image-size": 32,
@@ -59,9 +59,14 @@ def rounds() -> Iterator[dict[int, RoundReport]]:
 @pytest.mark.parametrize("lost", [HELD_UP, KILLED])
 def test_the_round_ends_at_its_deadline_and_names_the_device(rounds, lost):
     report = rounds[lost]
-    assert ROUND_SECONDS <= report.seconds < ROUND_SECONDS + SLACK_SECONDS
+    assert report.seconds < ROUND_SECONDS + SLACK_SECONDS
     assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
-    assert report.refused == {LOST: f"no reply within {ROUND_SECONDS} s"}
+    assert report.refused.keys() == {LOST}
+    reason = report.refused[LOST]
+    if lost == HELD_UP:
+        assert reason == f"no reply within {ROUND_SECONDS} s" and report.seconds >= ROUND_SECONDS
+    else:  # Flower may notice before that
+        assert re.match("no reply within|lost on its way|the device is offline", reason)
 
 
 def test_the_device_takes_part_before_and_after(rounds):

@@ -178,6 +178,37 @@ def test_an_expiry_that_is_near_is_told(options, monkeypatch, caplog):
     assert re.search(r"server.s certificate expires in 82[45] days; renew it", caplog.text)
 
 
+def test_an_expiry_that_is_over_is_told(options, monkeypatch, caplog):
+    monkeypatch.setattr(module, "days_left", lambda moment: -3)
+    Attendant(options, FakeSupervisor(uptime=None))._go_round()
+    assert "certificate has expired, and no device connects; renew it: fleet prov" in caplog.text
+
+
+def test_a_port_that_is_taken_is_told_at_once_and_tried_again(options, monkeypatch, caplog):
+    """A server that has just been killed holds it for a moment longer."""
+
+    class Supervisor(FakeSupervisor):
+        def __init__(self, *_):
+            super().__init__(None)
+
+        def run(self, tick):
+            pass
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(module, "Supervisor", Supervisor)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        module.serve(replace(options, port=port), lambda stop: None)
+    (told,) = [r.getMessage() for r in caplog.records if "listen" in r.getMessage()]
+    assert told.startswith(f"cannot listen on 127.0.0.1, port {port}: Address already in use")
+    assert told.endswith("; end what listens there, or name another --host or --port; tried again")
+    caplog.clear()
+    module.serve(replace(options, port=port), lambda stop: None)
+    assert "listen" not in caplog.text
+
+
 def test_devices_are_looked_after_when_the_registry_changes(options, monkeypatch, tmp_path):
     seen = []
     supervisor = FakeSupervisor()
