@@ -7,13 +7,16 @@ FULL_MIB = 32  # a round writes about as much: model and checkpoint
 
 
 def want_of_room(folder: Path) -> str:
-    """What a disk lacks, in words, with the way out; empty if it has room.
+    """What a disk lacks, in words, with the way out; empty if it has room, or does not tell.
 
     Args:
         folder: on that disk; it need not be there yet.
     """
-    there = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
-    usage = shutil.disk_usage(there)
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), Path("."))
+        usage = shutil.disk_usage(there)
+    except OSError:  # who writes there will be told why
+        return ""
     free = usage.free / 2**20
     if free >= FULL_MIB:
         return ""

@@ -33,3 +33,11 @@ def test_what_is_there_decides_and_not_where_it_is_asked_from(disk, monkeypatch,
         "the disk of disk/x is full", want_of_room((disk.folder / "x").relative_to(tmp_path))
     )
     assert want_of_room(tmp_path / "x") == ""
+
+
+def test_a_disk_that_does_not_tell_is_left_to_who_writes_there(monkeypatch, tmp_path):
+    def fail(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fleet.deploy.room.shutil.disk_usage", fail)
+    assert want_of_room(tmp_path) == ""
