@@ -148,10 +148,12 @@ def live(processes: Processes, server: Disk, device: Disk) -> Life:
         processes.wait("fleet is online", lambda: all_go_on(control, wishes), RUN_SECONDS)
     online_after = time.monotonic() - freed
     rounds(before + 1)
-    device.fill()
     end = rounds_on_record(record) + 2
-    while rounds_on_record(record) < end:
-        fill_for(device, 1)
+    processes.wait(
+        "two rounds with the device's disk full",
+        lambda: device.fill() or rounds_on_record(record) >= end,
+        RUN_SECONDS,
+    )
     processes.wait("the device says so", lambda: "is full" in processes.log(FULL), 60)
     device.free()
     processes.wait("there is room", lambda: "has room again" in processes.log(FULL), 60)
