@@ -298,7 +298,7 @@ class RunRecord:
             ConfigError: if the file cannot be read or written, or a line before it
                 is not a round.
         """
-        last, end = _parse_round(line.encode()).server_round, 0
+        last, end = parse_round(line.encode()).server_round, 0
         if self.rounds_path.is_file():
             for report, behind in self.rounds_from(0):
                 if report.server_round >= last:
@@ -353,7 +353,7 @@ class RunRecord:
             return
         for line, end in _lines_from(self.rounds_path, position):
             try:
-                report = _parse_round(line)
+                report = parse_round(line)
             except ValueError as error:
                 number = 1 + _read(self.rounds_path)[: end - 1].count(b"\n")
                 raise ConfigError(
@@ -477,7 +477,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _parse_round(line: bytes) -> RoundReport:
+def parse_round(line: str | bytes) -> RoundReport:
     """A line of `rounds.jsonl`; ValueError says what is wrong with it.
 
     An older version's line lacks the keys that were added since: those take their defaults.
@@ -512,7 +512,7 @@ def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _parse_object(content: bytes) -> dict[str, Any]:
+def _parse_object(content: str | bytes) -> dict[str, Any]:
     value = json.loads(content)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {value!r}")

@@ -20,6 +20,7 @@ from fleet.records import RoundReport
 from fleet.report import round_line
 from fleet.state import ClientUpdate, TrainableState
 from strategies.algorithm import Algorithm, Step
+from strategies.flower_errors import reason_of
 from strategies.gate import Gate
 from strategies.head_start import HeadStarter
 from strategies.ledger import Ledger
@@ -265,9 +266,7 @@ class FleetStrategy(Strategy):
             elif reply.has_error():
                 if reply.error.code == LOST_VERSION:
                     self._outbox.lost(name)
-                self._ledger.refuse(
-                    name, f"{phase}{reply.error.reason or 'error without a reason'}"
-                )
+                self._ledger.refuse(name, f"{phase}{reason_of(reply.error)}")
             elif nbytes is not None:
                 self._outbox.arrived(name, question)
                 yield name, reply.content, nbytes

@@ -16,7 +16,7 @@ from fleet.checkpoint import Checkpoints
 from fleet.config import RunConfig, Value
 from fleet.durable import waiting_for_room
 from fleet.errors import CheckpointError, ConfigError
-from fleet.records import RoundReport, RunRecord, to_json
+from fleet.records import RoundReport, RunRecord, parse_round, to_json
 from fleet.signals import signals_held
 from fleet.state import TrainableState
 from fleet.tree import flatten
@@ -64,7 +64,7 @@ def standing(config: RunConfig) -> Standing | None:
 
     Raises:
         CheckpointError: if there are rounds on record and no checkpoint that can be
-            read, so that to begin anew would undo them.
+            read, so that to begin anew would undo them; or if the checkpoint is another run's.
         ConfigError: for a setting that is not as it was when the run began, or fewer
             rounds than are done.
     """
@@ -87,6 +87,7 @@ def standing(config: RunConfig) -> Standing | None:
             f"the version that began it"
         ) from error
     _check_settings(kept, config)
+    _check_record(kept, record)
     return kept
 
 
@@ -166,6 +167,22 @@ class Keeper:
             _log.warning("this run cannot be resumed, should it be ended: %s", error)
             self._resumable = False
             return None
+
+
+def _check_record(kept: Standing, record: RunRecord) -> None:
+    """Refuse a checkpoint whose round is on record, and was another: its rounds would be lost."""
+    report = parse_round(kept.report)
+    for there in record.rounds() if record.rounds_path.is_file() else ():
+        if there.server_round < kept.server_round:
+            continue
+        if there.server_round == kept.server_round and there != report:
+            raise CheckpointError(
+                f"the checkpoint of run {record.path} is another run's: its round "
+                f"{kept.server_round} took {report.seconds:g} s, and the one on record "
+                f"{there.seconds:g} s; put this run's own {record.checkpoints_path.name} back, or "
+                f"begin anew in another run-dir"
+            )
+        return  # what is behind it is cut off
 
 
 def _check_settings(kept: Standing, config: RunConfig) -> None:

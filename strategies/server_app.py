@@ -28,6 +28,7 @@ from fleet.trained import facts_of
 from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
+from strategies.prompt_grid import prompt
 from strategies.resume import Keeper, Standing, standing
 from strategies.sampling import Roster
 
@@ -40,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with _cannot_begin():
             config = read_config(context.run_config)
-        run(grid, config)
+        run(prompt(grid), config)
     except FleetError as error:
         log(ERROR, "%s", error)
         raise

@@ -1,10 +1,14 @@
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from fleet.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -40,6 +44,31 @@ def test_the_strategy_in_the_readme_is_found_in_the_current_directory(my_strateg
     lines = (my_strategy / own[0].strip("-") / "rounds.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def commands():
+    """Every command of the project's in a block of the README, as words."""
+    text = README.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(?:sudo )?(?:\S*/)?(fleet .*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_the_commands_in_the_readme_have_the_options_that_they_name(words):
+    command, rest = main, words[1:]
+    while isinstance(command, click.Group):
+        command = command.commands[rest.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts}
+    known |= {option for parameter in command.params for option in parameter.secondary_opts}
+    assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known | {"--"}
+
+
+def test_a_blank_card_becomes_a_client_in_ten_commands():
+    _, _, page = README.read_text().partition("**A Raspberry Pi, from a blank card.**")
+    page, _, _ = page.partition("**A run**")
+    lines = re.findall(r"^ {4}(\S.*)$", page, re.MULTILINE)
+    assert len(re.split("&&|\n", "\n".join(lines))) <= 10
+    assert lines[-1].startswith("fleet client --bundle")
 
 
 def test_the_readme_is_finished():

@@ -135,6 +135,9 @@ def _print(provisioner: Any, made: Sequence[str], output_format: str) -> None:
         remedy = ""
         if left < EXPIRES_SOON_DAYS:
             remedy = "; renew it: fleet provision --renew" if name == "server" else "; begin anew"
-        click.echo(f"{name}'s certificate expires {moment:%Y-%m-%d}, in {left} days{remedy}")
+        when = f"expires {moment:%Y-%m-%d}, in {left} days"
+        if left < 0:
+            when = f"expired {moment:%Y-%m-%d}, and no device connects"
+        click.echo(f"{name}'s certificate {when}{remedy}")
     for name in made:
         click.echo(f"for {name}: {provisioner.bundle_path(name)}")

@@ -36,6 +36,11 @@ _POLL_SECONDS = 0.5
 )
 @click.option("--detach", is_flag=True, help="Do not follow the run.")
 @click.option("--resume", "resumed", metavar="RUN", help="Let a run that is over go on, or follow.")
+@click.option(
+    "--beside",
+    is_flag=True,
+    help="Also while another run goes on; both then share the devices, and take longer.",
+)
 @click.option("--stop", "stopped", metavar="RUN", help="End a run; --resume lets it go on.")
 @click.option("--list", "listed", is_flag=True, help="Show all runs.")
 @setting_options
@@ -46,6 +51,7 @@ def command(
     assignments: tuple[str, ...],
     detach: bool,
     resumed: str | None,
+    beside: bool,
     stopped: str | None,
     listed: bool,
     output_format: str,
@@ -77,8 +83,11 @@ def command(
     _check_server(server)
     if resumed is not None:
         name = resumed
+        wishes.check(name)
+        _check_alone(wishes, name, beside)
         wishes.resume(name)
     else:
+        _check_alone(wishes, name, beside)
         name = name or time.strftime("%Y%m%d-%H%M%S")
         _wish(wishes, name, settings)
     if detach:
@@ -99,6 +108,25 @@ def _check_server(server: "ServerFolder") -> None:
         raise ConfigError(
             f"no server runs in {server.path}; start it with: fleet server --dir {server.path}"
         )
+
+
+def _check_alone(wishes: "Wishes", name: str | None, beside: bool) -> None:
+    """One run at a time, unless several are wanted: a device trains slower for each."""
+    going_on = wishes.going_on()
+    if beside or not going_on or name in going_on:  # that one is followed, or its name is taken
+        return
+    first, wish = going_on[0], wishes.read(going_on[0])
+    rounds = max(0, _rounds_on_record(RunRecord(Path(wish.run_dir))) - 1)
+    raise ConfigError(
+        f"run {first} goes on ({wishes.standing(first).status}, {rounds} of "
+        f"{wish.settings['rounds']} rounds done), and devices would have to share their time "
+        f"and memory; follow it with: fleet run --resume {first}; end it with: fleet run --stop "
+        f"{first}; or start another at the same time with --beside"
+    )
+
+
+def _rounds_on_record(record: RunRecord) -> int:
+    return sum(1 for _ in record.rounds()) if record.config_path.is_file() else 0
 
 
 def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
@@ -202,7 +230,12 @@ def _note(standing: "Standing") -> str:
 def _show_list(wishes: "Wishes", output_format: str) -> None:
     rows = []
     for name in wishes.names():
-        wish, standing = wishes.read(name), wishes.standing(name)
+        try:
+            wish, standing = wishes.read(name), wishes.standing(name)
+        except ConfigError as error:  # it hides none of the others
+            row = {"name": name, "status": "damaged", "submissions": 0, "reason": str(error)}
+            rows.append(row | {"run_dir": ""})
+            continue
         rows.append(
             {
                 "name": name,

@@ -26,6 +26,7 @@ from fleet.deploy.flower_process import (
     own_command,
 )
 from fleet.deploy.one_at_a_time import alone_in
+from fleet.deploy.room import want_of_room
 from fleet.deploy.server import answers
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
@@ -199,7 +200,7 @@ class Watchdog:
     def __post_init__(self) -> None:
         self._stopped = threading.Event()
         self._offline = 0
-        self._told = ""
+        self._told = self._lacking = ""
         bundle = self.options.bundle
         self._asker = None
         if bundle is not None:
@@ -223,6 +224,7 @@ class Watchdog:
         """Ask once."""
         self.seen = self._ask()
         self._tell()
+        self._tell_of_room()
         uptime = supervisor.uptime(SUPERNODE)
         lost = self.seen.status in ("offline", "registered", "unknown")
         if not lost or uptime is None or uptime < _CONNECT_SECONDS:
@@ -257,6 +259,15 @@ class Watchdog:
             told,
             f" ({self.seen.problem})" if self.seen.problem else "",
         )
+
+    def _tell_of_room(self) -> None:
+        """One line as the disk gets full, and one as there is room again."""
+        lacking = want_of_room(self.options.state)
+        if lacking and not self._lacking:
+            _log.warning("%s; until then this device's updates may be lost", lacking)
+        elif self._lacking and not lacking:
+            _log.info("the disk of %s has room again", self.options.state)
+        self._lacking = lacking
 
 
 def state_folder(state: Path | None) -> Path:

@@ -141,6 +141,9 @@ def _read_answer(code: int, date: str | None, body: bytes) -> Seen:
         status = json.loads(body)["status"] if code == 200 else ""
     except (ValueError, KeyError, TypeError):
         status = ""
+    if code >= 500:
+        problem = f"the server answered {code}: it is there and cannot serve, its own log says why"
+        return Seen("unreachable", offset, problem)
     if status not in _STATUSES:
         return Seen("unreachable", offset, f"the server answered {code}, as none of ours does")
     return Seen(status, offset)

@@ -7,6 +7,8 @@ DIR/pi-01             a device's bundle, and the same as pi-01.tar.gz
 
 import contextlib
 import datetime
+import shutil
+import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +100,19 @@ class ServerFolder:
             "server's address",
             "write it with: fleet provision --renew --host NAME",
         )
-        return [Address.parse(str(host)) for host in settings.get("hosts", [])]
+        hosts = settings.get("hosts", [])
+        if not isinstance(hosts, list):
+            raise ConfigError(
+                f"{self.settings_path} has hosts = {hosts!r}, which is no list of addresses; write "
+                f"it with: fleet provision --renew --host NAME"
+            )
+        return [Address.parse(str(host)) for host in hosts]
 
     def check(self) -> None:
         """Refuse a folder that is no server's.
 
         Raises:
-            ConfigError: naming the file that is missing.
+            ConfigError: naming the file that is missing, or what is damaged.
         """
         for path in (self.authority_path, self.certificate_path, self.key_path, self.registry_path):
             private_files.read(
@@ -113,6 +121,16 @@ class ServerFolder:
                 "make them with: fleet provision --host NAME --devices NAME …; or name the "
                 "server's folder with --dir",
             )
+        try:
+            tls = ssl.create_default_context(cafile=self.authority_path)
+            tls.load_cert_chain(self.certificate_path, self.key_path)
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(
+                f"{self.authority_path.name}, {self.certificate_path.name} and "
+                f"{self.key_path.name} in {self.path} are damaged, or not of one another "
+                f"({error}); make them anew: fleet provision --renew, or put them back from a "
+                f"backup"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,7 @@ class Provisioner:
         """
         for name in devices:  # before there is a folder
             check_name(name)
+        _check_distinct(devices)
         private_files.make_private_folder(self.out)
         with self._alone():
             self._begin(hosts, devices)
@@ -222,7 +241,17 @@ class Provisioner:
             yield
 
     def _begin(self, hosts: Sequence[Address], devices: Sequence[str]) -> None:
-        if self._authority_path("ca.key").exists() or self.server.path.exists():
+        server = self.server
+        files = [self._authority_path("ca.key"), server.authority_path, server.settings_path]
+        files += [server.key_path, server.certificate_path, server.registry_path]
+        there = [path for path in files if path.exists()]
+        if there and server.registry_path not in there:
+            raise ConfigError(
+                f"{self.out} is provisioned in part only: {server.registry_path} is missing; put "
+                f"it back from a backup, or, if this fleet never began, remove "
+                f"{', '.join(map(str, there))} and begin again"
+            )
+        if there:
             raise ConfigError(
                 f"{self.out} is provisioned already; add devices with --add NAME, renew the "
                 f"server's certificate with --renew, or name another folder with --out"
@@ -250,10 +279,15 @@ class Provisioner:
         for name in names:
             private, public = make_device_key()
             files = bundle_files(name, hosts[0], authority, private)
-            self._write_bundle(name, files)
             devices.pop(name, None)  # a revoked one comes back as the newest
             devices[name] = Device(name, public, _now())
-            write_devices(self.server.registry_path, devices)
+            try:
+                self._write_bundle(name, files)
+                write_devices(self.server.registry_path, devices)
+            except ConfigError:  # a bundle without effect would stand in the way of the next try
+                shutil.rmtree(self.out / name, ignore_errors=True)
+                self.bundle_path(name).unlink(missing_ok=True)
+                raise
 
     def _revoke(self, names: Sequence[str]) -> None:
         devices = read_devices(self.server.registry_path)

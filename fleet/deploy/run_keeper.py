@@ -4,8 +4,8 @@ Flower marks a run failed if its SuperLink was away for long, or the process of 
 ServerApp has died. Such a run is submitted again and goes on from its checkpoint.
 One that fails by its own fault would fail for ever: it is given up once it has
 been lost three times in a row without a new round on record, and at once if its
-ServerApp says that settings, data or weights keep it from beginning. For want of devices it
-is never given up: it waits until there are enough.
+ServerApp says that settings, data or weights keep it from beginning. For want of devices, or
+of room on the disk, it is never given up: it waits until there is enough.
 """
 
 import logging
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fleet.deploy.control import ONLINE, ControlError, FlowerRun, Node
+from fleet.deploy.room import want_of_room
 from fleet.deploy.wishes import (
     FAILED,
     FINISHED,
@@ -97,7 +98,7 @@ class RunKeeper:
         if standing.status == WAITING:
             if self._clock() < self._not_before.get(name, 0.0):
                 return standing
-            missing = _missing_devices(wish, control)
+            missing = _missing(wish, control)
             if missing:
                 return replace(standing, reason=missing)
             return self._submit(name, wish, standing, control)
@@ -114,14 +115,15 @@ class RunKeeper:
             return replace(standing, status=STOPPED, reason="it was stopped through Flower")
         if fault := _cannot_begin(run, wish):
             return replace(standing, status=FAILED, reason=fault)
-        return self._lost(name, wish, standing, _why(run), _missing_devices(wish, control))
+        return self._lost(name, wish, standing, _why(run), _missing(wish, control))
 
     def _submit(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
         # A server that was killed just after it had submitted finds the run in Flower's list.
         run_id = control.unfinished(wish.run_dir)
         if run_id is None:
             settings = dict(wish.settings) | {"run-dir": wish.run_dir}
-            if standing.submissions:
+            # A folder that holds a run is this one's, whose standing somebody has removed.
+            if standing.submissions or Path(wish.run_dir, "config.toml").is_file():
                 settings["resume"] = True
             try:
                 run_id = control.start_run(self._wishes.app(name), settings)
@@ -163,8 +165,10 @@ def _stopped(standing: Standing, control: Runs) -> Standing:
     return replace(standing, status=STOPPED, reason="it was asked to stop")
 
 
-def _missing_devices(wish: Wish, control: Runs) -> str:
-    """What there is to wait for, in words; empty if enough devices are online."""
+def _missing(wish: Wish, control: Runs) -> str:
+    """What there is to wait for, in words; empty if the disk has room and enough are online."""
+    if lacking := want_of_room(Path(wish.run_dir)):
+        return f"it waits for room: {lacking}"
     online = sum(node.status == ONLINE for node in control.nodes())
     wanted = int(wish.settings["min-clients"])
     if online >= wanted:

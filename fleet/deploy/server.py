@@ -30,7 +30,9 @@ from fleet.deploy.membership import Membership
 from fleet.deploy.one_at_a_time import alone_in
 from fleet.deploy.provisioning import EXPIRES_SOON_DAYS, ServerFolder, days_left
 from fleet.deploy.registry import read_devices
+from fleet.deploy.room import want_of_room
 from fleet.deploy.run_keeper import RunKeeper
+from fleet.deploy.superlink import cannot_listen, listening_sockets
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError, FleetError
@@ -113,6 +115,7 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         thread = threading.Thread(target=attendant.run, name="attendant", daemon=True)
         until(supervisor.stop)
         _log.info("server at %s; logs are in %s", _where(options), options.state / "logs")
+        _tell_if_taken(options)
         thread.start()
         try:
             supervisor.run(lambda: _tell_systemd(attendant))
@@ -167,6 +170,15 @@ def _children(options: ServerOptions) -> list[Child]:
 def _judge(ending: Ending) -> Diagnosis | None:
     """Why a process of Flower's ended: what it said last, unless it had no time to."""
     return Diagnosis(last_error(ending.tail), pause=0.0) if ending.code >= 0 else None
+
+
+def _tell_if_taken(options: ServerOptions) -> None:
+    """At once, and no reason to end: a server that was killed lets its port go in a moment."""
+    try:
+        for each in listening_sockets(options.host, options.port):
+            each.close()
+    except OSError as error:
+        _log.warning("%s; tried again", cannot_listen(options.host, options.port, error))
 
 
 def _where(options: ServerOptions) -> str:
@@ -226,6 +238,8 @@ class Attendant:
         self._stopped.set()
 
     def _go_round(self) -> None:
+        with self._complaints("room"):
+            self._look_at_room()
         with self._complaints("certificate"):
             self._look_at_certificate()
         if self.supervisor.uptime(SUPERLINK) is None or not self._is_well():
@@ -241,6 +255,12 @@ class Attendant:
             self._control.close()
             self._control = None
             raise
+
+    def _look_at_room(self) -> None:
+        """Without room the SuperLink answers everybody that it has an error, and not which."""
+        for folder in (self.options.state, self.options.folder.runs_path):
+            if lacking := want_of_room(folder):
+                raise ConfigError(lacking)
 
     def _is_well(self) -> bool:
         """Whether the SuperLink answers; one that has not for long is started again."""
@@ -281,7 +301,12 @@ class Attendant:
             "make it anew: fleet provision --renew",
         )
         left = days_left(expiry(certificate))
-        if left < EXPIRES_SOON_DAYS:
+        if left < 0:
+            _log.error(
+                "the server's certificate has expired, and no device connects; renew it: fleet "
+                "provision --renew"
+            )
+        elif left < EXPIRES_SOON_DAYS:
             _log.warning(
                 "the server's certificate expires in %d days; renew it: fleet provision --renew",
                 left,

@@ -96,6 +96,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
 
 
+def cannot_listen(host: str, port: int, error: OSError) -> str:
+    """Why there are no `listening_sockets`, with the way out."""
+    return (
+        f"cannot listen on {host}, port {port}: {error.strerror or error}; end what listens there, "
+        f"or name another --host or --port"
+    )
+
+
 def _is_wildcard(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_unspecified
@@ -153,7 +161,7 @@ def main() -> None:
     try:
         sockets = listening_sockets(config.host, config.port)
     except OSError as error:
-        sys.exit(f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}")
+        sys.exit(cannot_listen(config.host, config.port, error))
     server = uvicorn.Server(
         uvicorn.Config(
             Guard(app),

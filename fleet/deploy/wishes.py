@@ -8,6 +8,7 @@ In the server's folder, for a run called NAME:
     runs/NAME/             the run's record, unless run-dir says another place
 """
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -95,6 +96,16 @@ class Wishes:
         found = (path.name for path in self.folder.glob(f"*{_WISH}"))
         return sorted(n.removesuffix(_WISH) for n in found if not n.endswith(_STATE))
 
+    def going_on(self) -> list[str]:
+        """Names of the runs that are wanted and not over; one that cannot be read is none."""
+        found = []
+        for name in self.names():
+            with contextlib.suppress(ConfigError):
+                wish, standing = self.read(name), self.standing(name)
+                if wish.wanted and not (standing.over and standing.attempt == wish.attempt):
+                    found.append(name)
+        return found
+
     def make(self, name: str, wish: Wish, app: bytes) -> None:
         """Wish for a run.
 
@@ -162,11 +173,20 @@ class Wishes:
         Raises:
             ConfigError: if there is no such run, or it has finished.
         """
+        wish, standing = self.check(name)
+        if standing.over or not wish.wanted:
+            self.write(name, replace(wish, wanted=True, attempt=wish.attempt + 1))
+
+    def check(self, name: str) -> tuple[Wish, Standing]:
+        """A wish that may go on, and where it stands.
+
+        Raises:
+            ConfigError: as `resume`.
+        """
         wish, standing = self.read(name), self.standing(name)
         if standing.status == FINISHED:
             raise ConfigError(f"run {name} has finished; look at it: fleet report {wish.run_dir}")
-        if standing.over or not wish.wanted:
-            self.write(name, replace(wish, wanted=True, attempt=wish.attempt + 1))
+        return wish, standing
 
     def _path(self, name: str, suffix: str) -> Path:
         return self.folder / f"{name}{suffix}"

@@ -24,6 +24,7 @@ from fleet.state import TrainableState
 from strategies.aggregation import MEAN, Aggregate, Rule, rule
 from strategies.algorithm import Algorithm, compose
 from strategies.fleet_strategy import FleetStrategy
+from strategies.flower_errors import reason_of
 from strategies.sampling import Roster
 from strategies.server_opt import adam, sgd
 from strategies.spool import Spool
@@ -305,9 +306,22 @@ def test_errors_and_silence_are_refused_with_their_reasons(run, updates):
     assert strategy.reports[1].refused == {
         "pi-0": "weights of stem differ",
         "pi-1": "no reply within 0.5 s",
-        "pi-2": "node is offline",
+        "pi-2": "the device is offline: it was not heard of for about a minute",
     }
     assert [client.name for client in strategy.reports[1].clients] == ["pi-3"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Error(3, "Message Unavailable"), "lost on its way: the device, or its link, was gone"),
+        (Error(4, "Reply Message Unavailable"), "lost on its way: the reply came, and was"),
+        (Error(2, "ZeroDivisionError"), "ZeroDivisionError"),
+        (Error(8), "error without a reason"),
+    ],
+)
+def test_what_flower_says_of_a_lost_reply_is_put_in_words(error, reason):
+    assert reason_of(error).startswith(reason)
 
 
 def test_a_reply_counts_for_whom_was_asked_whoever_it_claims_to_be_from(run, updates):

@@ -241,3 +241,23 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, scripted_grid):
     checkpoints.save(number, tree | {"more": 1})
     with pytest.raises(CheckpointError, match=r"another version's \(.*more.*\); resume it with"):
         fleet.run(tmp_path / "run", resume=True)
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_no_round_is_lost(tmp_path, scripted_grid):
+    fleet = Fleet(scripted_grid)
+    for name in ("run", "other"):
+        fleet.run(tmp_path / name)
+    own = tmp_path / "run" / "checkpoints"
+    own.rename(tmp_path / "own")
+    shutil.copytree(tmp_path / "other" / "checkpoints", own)
+    before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
+    text = (
+        rf"the checkpoint of run {tmp_path / 'run'} is another run's: its round 3 took .* s, and "
+        r"the one on record .* s; put this run's own checkpoints back, or begin anew in another"
+    )
+    with pytest.raises(CheckpointError, match=text):
+        fleet.run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
+    shutil.rmtree(own)
+    (tmp_path / "own").rename(own)
+    fleet.run(tmp_path / "run", resume=True)

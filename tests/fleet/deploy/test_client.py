@@ -118,6 +118,18 @@ def test_each_change_of_the_answer_is_told_once(options, monkeypatch, caplog):
     assert caplog.text.count("sees this device as") == 3
 
 
+def test_a_disk_that_is_full_is_told_once_and_so_is_that_it_has_room(options, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    lacking = iter(["", "the disk is full, 1 MiB", "the disk is full, 0 MiB", "", ""])
+    monkeypatch.setattr(module, "want_of_room", lambda folder: next(lacking))
+    watched(options, monkeypatch, ["online"] * 5)
+    told = [r.getMessage() for r in caplog.records if "disk" in r.getMessage()]
+    assert told == [
+        "the disk is full, 1 MiB; until then this device's updates may be lost",
+        f"the disk of {options.state} has room again",
+    ]
+
+
 def test_the_command_line_has_tls_key_and_node(options, bundle):
     command = module._command(options)
     assert command[1:4] == ["-P", "-m", "fleet.deploy.supernode"]

@@ -167,11 +167,19 @@ def test_a_signature_that_is_refused_is_told(ask):
 
 @pytest.mark.parametrize(
     ("code", "body"),
-    [(404, b"{}"), (200, b"<html>"), (200, b"[]"), (200, b'{"status": "fine"}'), (500, b"")],
+    [(404, b"{}"), (200, b"<html>"), (200, b"[]"), (200, b'{"status": "fine"}')],
 )
 def test_an_answer_that_is_none_of_ours_is_told(ask, code, body):
     seen, _ = ask(code=code, body=body)
     assert seen.status == "unreachable" and f"the server answered {code}" in seen.problem
+
+
+@pytest.mark.parametrize("code", [500, 503])
+def test_a_server_that_cannot_serve_is_told_from_one_that_is_none_of_ours(ask, code):
+    seen, _ = ask(code=code, body=b"Internal Server Error")
+    assert seen.status == "unreachable"
+    why = f"the server answered {code}: it is there and cannot serve, its own log says why"
+    assert seen.problem == why
 
 
 def test_a_server_of_another_authority_is_not_believed(ask):

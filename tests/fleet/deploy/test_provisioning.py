@@ -1,6 +1,12 @@
+import contextlib
+import errno
+import itertools
 import json
 import os
+import re
+import shutil
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -131,6 +137,103 @@ def test_a_name_that_is_given_twice_is_refused(fleet, names):
     with pytest.raises(ConfigError, match="is named twice; name each once"):
         fleet.add(names)
     assert "pi-03" not in devices(fleet)
+
+
+def test_a_fleet_that_begins_with_a_name_twice_leaves_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="device X is named twice; name each once"):
+        Provisioner(tmp_path / "out").begin([HOST], ["x", "X"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def full_from(write):
+    """A disk that has room for so many files, and for no more."""
+    writes, fsync = itertools.count(), os.fsync
+
+    def failing(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode) and next(writes) >= write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        yield
+
+
+def begin_on_a_full_disk(provisioner):
+    """Provision with room for no file, for one, and so on; yields after each failure."""
+    for write in range(100):
+        try:
+            with full_from(write):
+                provisioner.begin([HOST], ["pi-01"])
+            return
+        except ConfigError as error:
+            assert "No space left on device; free space" in str(error)
+            yield
+
+
+def test_a_fleet_that_did_not_come_about_says_what_is_in_the_way(tmp_path):
+    """And begins once that is removed."""
+    failures = 0
+    for _ in begin_on_a_full_disk(Provisioner(tmp_path)):
+        failures += 1
+        files = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert not (tmp_path / "pi-01").exists()  # half of a bundle is never left
+        if tmp_path / "server" / "devices.toml" in files:
+            with pytest.raises(ConfigError, match="is provisioned already; add devices with --add"):
+                Provisioner(tmp_path).begin([HOST], ["pi-01"])
+            Provisioner(tmp_path).add(["pi-01"])
+        elif files:
+            with pytest.raises(ConfigError, match=r"in part only: .*toml is missing") as told:
+                Provisioner(tmp_path).begin([HOST], ["pi-01"])
+            named = {path for path in files if str(path) in str(told.value)}
+            assert named >= files - {tmp_path / "authority" / "ca.crt"}
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert failures == 12  # files of authority, server and device, the registry twice
+    assert devices(Provisioner(tmp_path)).keys() == {"pi-01"}
+
+
+def test_a_folder_in_which_a_server_was_tried_without_keys_can_be_provisioned(tmp_path):
+    (tmp_path / "server" / "state").mkdir(parents=True)
+    Provisioner(tmp_path).begin([HOST], ["pi-01"])
+
+
+DAMAGES = {
+    "the key of another": lambda server, other: other.key_path.read_bytes(),
+    "no key": lambda server, other: b"x",
+    "half a key": lambda server, other: server.key_path.read_bytes()[:100],
+    "nothing": lambda server, other: b"",
+}
+
+
+@pytest.mark.parametrize("file", ["server.key", "server.pem", "ca.crt"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_server_whose_files_are_damaged_is_told_so_before_it_serves(
+    fleet, tmp_path_factory, file, damage
+):
+    fleet.server.check()
+    other = Provisioner(tmp_path_factory.mktemp("other"))
+    other.begin([HOST], ["pi-01"])
+    path = fleet.server.path / file
+    path.write_bytes(DAMAGES[damage](fleet.server, other.server))
+    with pytest.raises(ConfigError, match="server are damaged, or not of one another") as told:
+        fleet.server.check()
+    assert file in str(told.value) and "fleet provision --renew" in str(told.value)
+
+
+def test_an_address_edited_by_hand_is_told_where_it_is_wrong(fleet):
+    fleet.server.settings_path.write_text("hosts = 7")
+    with pytest.raises(ConfigError, match=r"server.toml has hosts = 7, which is no list of addr"):
+        fleet.server.hosts()
+
+
+def test_a_certificate_that_has_expired_is_said_to_be_so(tmp_path, fleet, monkeypatch):
+    monkeypatch.setattr("fleet.deploy.provisioning.days_left", lambda moment: -3)
+    output = run("--out", tmp_path).output
+    assert re.search(
+        r"server's certificate expired 20.*, and no device connects; renew it:", output
+    )
 
 
 def test_nothing_is_provisioned_twice(fleet):

@@ -153,6 +153,16 @@ def test_a_run_that_a_lost_database_forgot_goes_on(flower, attend):
     assert attend().status == "running"
 
 
+def test_a_run_whose_standing_was_removed_goes_on(wishes, flower, attend):
+    attend()
+    add_round(wishes, 0)
+    flower.end("failed")
+    (wishes.folder / "first.state.toml").unlink()
+    standing = attend()
+    assert (standing.status, standing.submissions) == ("running", 1)
+    assert [settings["resume"] for _, settings in flower.submitted] == [False, True]
+
+
 def test_a_run_that_is_complete_without_a_summary_has_not_ended_well(flower, attend):
     attend()
     flower.end("completed")
@@ -217,6 +227,19 @@ def test_for_want_of_devices_it_waits_and_is_never_given_up(wishes, flower, atte
     flower.online = 2
     standing = attend()
     assert (standing.status, standing.reason) == ("running", "")
+
+
+def test_for_want_of_room_it_waits_and_is_never_given_up(wishes, flower, attend, monkeypatch):
+    full = "the disk of the record is full"
+    monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: full)
+    assert attend().status == attend().status == "waiting" and not flower.submitted
+    assert attend().reason == f"it waits for room: {full}"
+    for _ in range(2 * MOST_FRUITLESS):
+        monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: "")
+        assert attend().status == "running"
+        monkeypatch.setattr("fleet.deploy.run_keeper.want_of_room", lambda folder: full)
+        flower.end("failed", "No space left on device")
+        assert (attend().status, attend().fruitless) == ("waiting", 0)
 
 
 def test_two_losses_with_a_round_between_do_not_add_up(wishes, flower, attend):

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -23,8 +24,9 @@ from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
 from fleet.deploy.supervisor import Ending
-from fleet.deploy.wishes import Wishes
+from fleet.deploy.wishes import Standing, Wishes
 from fleet.errors import ConfigError
+from fleet.records import RoundReport, to_json
 
 
 @pytest.fixture
@@ -37,6 +39,14 @@ def folder(tmp_path):
 @pytest.fixture
 def options(folder):
     return ServerOptions(folder=folder, state=folder.state_path, host="127.0.0.1", port=9000)
+
+
+def add_round(folder, number):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").touch()
+    report = RoundReport(server_round=number, accuracy=0.5, loss=1.0)
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write(to_json(asdict(report)) + "\n")
 
 
 def run(*arguments):
@@ -170,6 +180,37 @@ def test_an_expiry_that_is_near_is_told(options, monkeypatch, caplog):
     assert re.search(r"server.s certificate expires in 82[45] days; renew it", caplog.text)
 
 
+def test_an_expiry_that_is_over_is_told(options, monkeypatch, caplog):
+    monkeypatch.setattr(module, "days_left", lambda moment: -3)
+    Attendant(options, FakeSupervisor(uptime=None))._go_round()
+    assert "certificate has expired, and no device connects; renew it: fleet prov" in caplog.text
+
+
+def test_a_port_that_is_taken_is_told_at_once_and_tried_again(options, monkeypatch, caplog):
+    """A server that has just been killed holds it for a moment longer."""
+
+    class Supervisor(FakeSupervisor):
+        def __init__(self, *_):
+            super().__init__(None)
+
+        def run(self, tick):
+            pass
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(module, "Supervisor", Supervisor)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        module.serve(replace(options, port=port), lambda stop: None)
+    (told,) = [r.getMessage() for r in caplog.records if "listen" in r.getMessage()]
+    assert told.startswith(f"cannot listen on 127.0.0.1, port {port}: Address already in use")
+    assert told.endswith("; end what listens there, or name another --host or --port; tried again")
+    caplog.clear()
+    module.serve(replace(options, port=port), lambda stop: None)
+    assert "listen" not in caplog.text
+
+
 def test_devices_are_looked_after_when_the_registry_changes(options, monkeypatch, tmp_path):
     seen = []
     supervisor = FakeSupervisor()
@@ -202,6 +243,20 @@ def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, mo
     attendant.stop()
     thread.join()
     assert caplog.text.count("the registry cannot be read; tried again") == 1
+
+
+def test_a_disk_that_is_full_is_told_once_and_again_when_it_is_once_more(
+    options, monkeypatch, caplog
+):
+    attendant = Attendant(options, FakeSupervisor(uptime=None))
+    lacking = {options.folder.runs_path: "the disk of runs is full"}
+    monkeypatch.setattr(module, "want_of_room", lambda folder: lacking.get(folder, ""))
+    for full in (True, True, False, True):
+        lacking[options.state] = "the disk of state is full" if full else ""
+        attendant._go_round()
+    told = [record.getMessage() for record in caplog.records]
+    state, runs = (f"the disk of {folder} is full; tried again" for folder in ("state", "runs"))
+    assert told == [state, runs, state]
 
 
 @pytest.fixture
@@ -407,6 +462,73 @@ def test_runs_are_listed_and_stopped_without_a_server(folder):
     stopped = run("run", "--dir", folder.path, "--stop", "one")
     assert "let it go on with: fleet run --resume one" in stopped.output
     assert not Wishes(folder.runs_path).read("one").wanted
+
+
+@pytest.fixture
+def runs(folder):
+    """The wishes of a server that runs, one of them for a run `one`."""
+    with folder.alone():
+        start = ("run", "--dir", folder.path, "--name", "one", "--detach", "--rounds", 7)
+        assert run(*start).exit_code == 0
+        yield Wishes(folder.runs_path)
+
+
+def test_a_second_run_is_refused_while_one_goes_on_with_the_ways_out(folder, runs):
+    add_round(Path(runs.read("one").run_dir), 0)
+    add_round(Path(runs.read("one").run_dir), 1)
+    runs.write_standing("one", Standing(status="running"))
+    refused = run("run", "--dir", folder.path, "--name", "two", "--detach")
+    assert refused.exit_code == 1 and runs.names() == ["one"]
+    for part in (
+        "run one goes on (running, 1 of 7 rounds done)",
+        "follow it with: fleet run --resume one;",
+        "end it with: fleet run --stop one;",
+        "at the same time with --beside",
+    ):
+        assert part in refused.output
+    beside = run("run", "--dir", folder.path, "--name", "two", "--detach", "--beside")
+    assert beside.exit_code == 0 and runs.going_on() == ["one", "two"]
+
+
+@pytest.mark.parametrize("over", ["finished", "failed", "stopped", "asked to stop"])
+def test_after_a_run_is_over_another_begins(folder, runs, over):
+    if over == "asked to stop":
+        runs.stop("one")
+    else:
+        runs.write_standing("one", Standing(status=over))
+    assert runs.going_on() == []
+    assert run("run", "--dir", folder.path, "--name", "two", "--detach").exit_code == 0
+    assert runs.going_on() == ["two"]
+
+
+def test_a_run_that_is_over_does_not_go_on_beside_another_unasked(folder, runs):
+    runs.stop("one")
+    assert run("run", "--dir", folder.path, "--name", "two", "--detach").exit_code == 0
+    refused = run("run", "--dir", folder.path, "--resume", "one", "--detach")
+    assert refused.exit_code == 1 and "run two goes on (waiting, 0 of 10" in refused.output
+    assert not runs.read("one").wanted
+    followed = run("run", "--dir", folder.path, "--resume", "two", "--detach")
+    assert followed.exit_code == 0
+    both = run("run", "--dir", folder.path, "--resume", "one", "--detach", "--beside")
+    assert both.exit_code == 0 and runs.going_on() == ["one", "two"]
+
+
+@pytest.mark.parametrize("damaged", ["one.toml", "one.state.toml"])
+def test_a_damaged_wish_hides_none_of_the_others_and_keeps_none_from_beginning(
+    folder, runs, damaged
+):
+    (runs.folder / damaged).write_text("status = [")
+    assert run("run", "--dir", folder.path, "--name", "two", "--detach").exit_code == 0
+    listed = json.loads(run("run", "--dir", folder.path, "--list", "--format", "json").output)
+    assert [(row["name"], row["status"]) for row in listed] == [
+        ("one", "damaged"),
+        ("two", "waiting"),
+    ]
+    assert f"{damaged} cannot be read" in listed[0]["reason"]
+    assert "mend it, or remove it" in listed[0]["reason"]
+    for option in ("--resume", "--stop"):
+        refused = run("run", "--dir", folder.path, option, "one")  # though another goes on
+        assert refused.exit_code == 1 and f"{damaged} cannot be read" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""A grid that hands out each reply as soon as it is whole, whatever becomes of the others.
+
+Flower's grid hands out several replies that have been announced once it has the last of
+them. A device that is cut off as it sends so holds up all that were announced with it: the
+round ends at its deadline, without the updates of devices that were in time.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
+
+_WAIT_SECONDS = 1.0  # in which most replies that are announced come whole
+
+
+def prompt(grid: Grid) -> Grid:
+    """The grid of a server with devices made prompt; those of simulations are as they are."""
+    return PromptGrid(grid) if isinstance(grid, HttpGrid) else grid
+
+
+class PromptGrid(Grid):
+    """Flower's grid, whose replies are fetched each in a thread of its own.
+
+    Args:
+        grid: of a ServerApp's process.
+        wait_seconds: that `pull_messages` waits for replies that it finds announced.
+    """
+
+    def __init__(self, grid: HttpGrid, wait_seconds: float = _WAIT_SECONDS) -> None:
+        self._grid = grid
+        self._wait_seconds = wait_seconds
+        self._changed = threading.Condition()
+        self._under_way: set[str] = set()  # ids of messages whose replies are being fetched
+        self._fetched: dict[str, list[Message] | Exception] = {}  # by the same
+
+    def set_run(self, run: Any) -> None:
+        """As the grid below."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """As the grid below."""
+        return self._grid.run
+
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
+        """As the grid below."""
+        return self._grid.create_message(*arguments, **options)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As the grid below."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid below."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to these messages that are whole.
+
+        Raises:
+            Exception: what fetching one of them has raised. Of several that were asked for
+                none is lost by that: they come with the next look, it is raised again, and
+                forgotten once that one was asked for alone.
+        """
+        asked = set(message_ids)
+        with self._changed:
+            new = asked - self._under_way - self._fetched.keys()
+            self._under_way |= new
+        announced = self._announced(new)
+        deadline = time.monotonic() + self._wait_seconds
+        with self._changed:
+            while announced & self._under_way and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return self._take(asked)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the grid below."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def _announced(self, message_ids: set[str]) -> set[str]:
+        """Ask which replies there are, and begin to fetch them; the messages that they answer."""
+        announced: set[str] = set()
+        try:
+            if message_ids:
+                client = self._grid._runtime_client
+                request = PullAppMessagesRequest(message_ids=message_ids)
+                answer = client.PullMessages(request)
+                both = zip(answer.messages_list, answer.message_object_trees, strict=True)
+                for reply, tree in both:
+                    one = PullAppMessagesResponse(
+                        messages_list=[reply], message_object_trees=[tree]
+                    )
+                    message_id = reply.metadata.reply_to_message_id
+                    announced.add(message_id)
+                    fetch = self._fetching(message_id, _Announcing(client, one))
+                    threading.Thread(target=fetch, name="fetch reply", daemon=True).start()
+        finally:
+            with self._changed:
+                self._under_way -= message_ids - announced
+        return announced
+
+    def _fetching(self, message_id: str, client: "_Announcing") -> Callable[[], None]:
+        """A function that has Flower's grid fetch the one reply that its client announces."""
+        grid = copy.copy(self._grid)
+        grid._client = client
+
+        def fetch() -> None:
+            try:
+                fetched: list[Message] | Exception = list(grid.pull_messages({message_id}))
+            except Exception as error:  # it is raised where the reply is asked for
+                fetched = error
+            with self._changed:
+                self._under_way.discard(message_id)
+                self._fetched[message_id] = fetched
+                self._changed.notify_all()
+
+        return fetch
+
+    def _take(self, asked: set[str]) -> list[Message]:
+        there = sorted(asked & self._fetched.keys())
+        for message_id in there:
+            error = self._fetched[message_id]
+            if isinstance(error, Exception):
+                if len(asked) == 1:
+                    del self._fetched[message_id]
+                raise error
+        return [reply for message_id in there for reply in self._fetched.pop(message_id)]
+
+
+class _Announcing:
+    """Flower's client of the SuperLink, which knows of one reply already.
+
+    Args:
+        client: for everything else.
+        announcement: of the reply.
+    """
+
+    def __init__(self, client: Any, announcement: PullAppMessagesResponse) -> None:
+        self._client, self._announcement = client, announcement
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        return self._announcement
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)

@@ -1,0 +1,122 @@
+"""A device that is lost in the middle of sending its update: the round ends at its deadline.
+
+By then the server has been told of the reply, and Flower waits for the rest of it,
+whatever the deadline, for up to three minutes.
+"""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from fleet.deploy.addresses import Address
+from fleet.deploy.bundle import bundle_files
+from fleet.deploy.provisioning import Provisioner
+from fleet.records import RoundReport, RunRecord
+from tests.deployment import (
+    HOST,
+    Processes,
+    free_ports,
+    processes_in_a_folder,
+    rounds_on_record,
+    write_digits,
+)
+from tests.stalling_relay import StallingRelay, stalling_relay
+
+CLASSES = {"eight": 8, "one": 1}
+IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}  # of each class
+LOST = "pi-02"
+HELD_UP, KILLED = 2, 4  # rounds in which its update is; in the first its heartbeats pass
+UPLOAD_BYTES = 100_000  # an update has more, and nothing else that a device sends
+ROUND_SECONDS = 90  # half of what Flower gives an upload that does not get on
+SLACK_SECONDS = 45  # for evaluation and checkpoint, on a machine that is busy
+RUN_SECONDS = 900
+SETTINGS = {
+    "image-size": 32,
+    "weights": "none",
+    "blocks": 2,
+    "local-epochs": 1,
+    "batch-size": 8,
+    "rounds": 6,
+    "min-clients": 2,
+    "round-timeout": ROUND_SECONDS,
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rounds() -> Iterator[dict[int, RoundReport]]:
+    (port,) = free_ports(1)
+    with processes_in_a_folder() as processes, stalling_relay((HOST, port)) as relay:
+        try:
+            yield {report.server_round: report for report in live(processes, port, relay)}
+        except AssertionError:
+            print(processes.all_logs())
+            raise
+
+
+@pytest.mark.parametrize("lost", [HELD_UP, KILLED])
+def test_the_round_ends_at_its_deadline_and_names_the_device(rounds, lost):
+    report = rounds[lost]
+    assert report.seconds < ROUND_SECONDS + SLACK_SECONDS
+    assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
+    assert report.refused.keys() == {LOST}
+    reason = report.refused[LOST]
+    if lost == HELD_UP:
+        assert reason == f"no reply within {ROUND_SECONDS} s" and report.seconds >= ROUND_SECONDS
+    else:  # Flower may notice before that
+        assert re.match("no reply within|lost on its way|the device is offline", reason)
+
+
+def test_the_device_takes_part_before_and_after(rounds):
+    assert [*rounds] == [*range(SETTINGS["rounds"] + 1)]
+    for number in (1, 3, 6):  # as round 5 begins, the server may not have noticed yet
+        assert {client.name for client in rounds[number].clients} == {"pi-01", LOST}
+        assert rounds[number].refused == {}
+
+
+def live(processes: Processes, port: int, relay: StallingRelay) -> list[RoundReport]:
+    """A run in which a device is cut off, then killed, while it sends."""
+    folder = processes.folder
+    provisioner = Provisioner(folder / "fleet")
+    provisioner.begin([Address("localhost", port)], ["pi-01", LOST])
+    bundle = folder / "fleet" / LOST
+    kept = {name: (bundle / name).read_bytes() for name in ("ca.crt", "device.key")}
+    moved = bundle_files(LOST, Address("localhost", relay.port), *kept.values())
+    (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
+    write_digits(folder, IMAGES, CLASSES)
+    processes.fleet("server", "server", "--dir", provisioner.server.path, "--host", HOST)
+    for name in ("pi-01", LOST):
+        start_client(processes, provisioner, name)
+    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
+    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
+    processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
+    record = RunRecord(provisioner.server.runs_path / "first")
+
+    def is_done(server_round: int) -> None:
+        count = server_round + 1
+        what = f"round {server_round}"
+        processes.wait(what, lambda: rounds_on_record(record) >= count, RUN_SECONDS)
+
+    for lost in (HELD_UP, KILLED):
+        is_done(lost - 1)
+        relay.stall_in_uploads(UPLOAD_BYTES, everything=lost == KILLED)
+        processes.wait("the upload has begun", relay.stalled.is_set, RUN_SECONDS)
+        if lost == KILLED:
+            processes.kill(LOST)
+        is_done(lost)
+        relay.go_on()
+        if lost == KILLED:
+            start_client(processes, provisioner, LOST)
+    processes.finish("run", RUN_SECONDS)
+    return list(record.rounds())
+
+
+def start_client(processes: Processes, provisioner: Provisioner, name: str) -> None:
+    folder = processes.folder
+    processes.fleet(
+        *(name, "client", "--bundle", provisioner.out / name, "--budget-mib", "off"),
+        *("--data", folder / f"{name}-images", "--state", folder / name),
+    )
