@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 
 from fleet.codec import Download, Payload, UnknownVersion
 from fleet.errors import FleetError, UpdateError
@@ -273,7 +276,8 @@ def content_bytes(content: RecordDict) -> int:
 
     What the transport adds (message metadata, HTTP, TLS) is not counted.
     """
-    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+    with no_object_id_recompute():  # as Flower sends it: a parent names its parts by their hash
+        return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
 def _unreadable(what: str, error: Exception) -> UpdateError:
