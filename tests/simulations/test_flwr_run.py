@@ -16,8 +16,6 @@ from simulations.flower_env import checkout_environment
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
 
-pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
-
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
@@ -52,7 +50,7 @@ def flwr_run(checkout, *arguments):
     )
 
 
-def test_flwr_run_takes_our_settings_and_leaves_the_checkout_as_it_is(checkout, tmp_path):
+def test_flwr_run_takes_our_settings_and_leaves_the_checkout_as_it_is(one_ray, checkout, tmp_path):
     before = (checkout / "pyproject.toml").read_text()
     run_dir = tmp_path / "run"
     settings = (

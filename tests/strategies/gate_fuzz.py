@@ -134,7 +134,8 @@ def check(strategy: FleetStrategy, kinds, expected: FleetStrategy) -> None:
         again = {f"{name} (again)" for name in names}
         assert names <= report.refused.keys() <= names | again | {"unknown sender"}
         for name, reason in report.refused.items():
-            assert 5 <= len(reason) <= 2000, (name, reason)
+            # A client's own words may be few.
+            assert (1 if name.startswith("error-") else 5) <= len(reason) <= 2000, (name, reason)
             assert "reply cannot be read" not in reason, (name, reason)  # a check foresaw it
 
 

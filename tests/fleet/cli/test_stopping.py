@@ -225,7 +225,6 @@ def test_a_second_signal_ends_the_run_and_its_children_at_once(tmp_path, second)
 
 def stop_on_flower(run_dir, rounds, arguments, numbers):
     """Signal a run on Flower once it has so many rounds on record; what it said at its end."""
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
     command = [*FLEET, "simulate", *arguments, "--engine", "flower"]
     with started(command, stderr=subprocess.PIPE) as run:
         wait_for(lambda: rounds_on_record(run_dir) >= rounds, run)
@@ -241,7 +240,9 @@ def stop_on_flower(run_dir, rounds, arguments, numbers):
     return stderr
 
 
-def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_process(tmp_path):
+def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_process(
+    tmp_path, one_ray
+):
     """A run that our own engine began; Flower's takes what both sides remember from the disk."""
 
     def end(report):
@@ -257,7 +258,7 @@ def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_p
     assert check_record(run_dir, tmp_path) >= begun + 1
 
 
-def test_a_second_signal_as_flower_is_being_ended_leaves_no_process_behind(tmp_path):
+def test_a_second_signal_as_flower_is_being_ended_leaves_no_process_behind(tmp_path, one_ray):
     run_dir = tmp_path / "run"
     arguments = (*SMALL, "--run-dir", str(run_dir))
     stop_on_flower(run_dir, 2, arguments, [signal.SIGINT, signal.SIGINT])
