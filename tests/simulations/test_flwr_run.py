@@ -45,7 +45,7 @@ def flwr_run(checkout, *arguments):
         env=os.environ | checkout_environment(checkout) | {"PATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

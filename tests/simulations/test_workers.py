@@ -363,9 +363,9 @@ def test_no_process_outlives_a_run_that_is_ended(how, tmp_path):
             os.killpg(run.pid, how)  # as a terminal does, workers and all
         else:
             run.send_signal(how)
-        assert run.wait(timeout=5) != 0
+        assert run.wait(timeout=30) != 0  # long before a client's minute is over
         # Killed itself, a run can end nobody: workers end after the client that they run.
-        _, alive = psutil.wait_procs(family, timeout=0.1 if how is signal.SIGINT else 10)
+        _, alive = psutil.wait_procs(family, timeout=0.1 if how is signal.SIGINT else 30)
         assert not alive
         if how is signal.SIGINT:
             assert not list(tmp_path.glob("fleet-*"))
