@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fleet.codec import Download, Payload, UnknownVersion
 from fleet.errors import FleetError, UpdateError
@@ -276,8 +273,7 @@ def content_bytes(content: RecordDict) -> int:
 
     What the transport adds (message metadata, HTTP, TLS) is not counted.
     """
-    with no_object_id_recompute():  # as Flower sends it: a parent names its parts by their hash
-        return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
 def _unreadable(what: str, error: Exception) -> UpdateError:

@@ -61,12 +61,11 @@ def one_ray():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What is imported by now stays: do not look through it for garbage, now or later."""
+    """What is imported stays: nobody need look through it for garbage, again and again."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.enable()
 
 

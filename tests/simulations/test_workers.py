@@ -324,7 +324,7 @@ def test_an_app_that_cannot_be_sent_to_a_worker_is_refused(tmp_path):
 
 
 RUN = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from flwr.app import Message, RecordDict
 from flwr.serverapp import ServerApp
@@ -337,7 +337,7 @@ def main(grid, context):
     grid.send_and_receive([Message(RecordDict(), node, "train") for node in grid.get_node_ids()])
 
 def client(message, context):
-    print("begun", flush=True)
+    os.write(1, b"begun\\n")  # in one piece, as another process writes there too
     time.sleep(60)
 
 run_local(server, client, {}, 4, workers=2)
