@@ -15,6 +15,7 @@ from simulations.flower_env import checkout_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
+TRIES = 5  # Flower gives its SuperLink 15 s to start, which a busy machine exceeds
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,14 @@ def _end_superlink(port):
 
 def flwr_run(checkout, *arguments):
     path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+    for _ in range(TRIES):
+        done = _run_once(checkout, path, *arguments)
+        if "Failed to start local SuperLink within" not in done.stdout + done.stderr:
+            break
+    return done
+
+
+def _run_once(checkout, path, *arguments):
     return subprocess.run(
         [str(SCRIPTS / "flwr"), "run", ".", "--stream", *arguments],
         cwd=checkout,

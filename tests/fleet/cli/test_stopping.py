@@ -50,7 +50,8 @@ def wait_for(what, run):
     """Poll until something is so; a run that ends before that fails."""
     deadline = time.monotonic() + PATIENCE
     while not (value := what()):
-        assert run.poll() is None, f"the run ended with {run.returncode}"
+        said = run.stderr.read()[-3000:] if run.poll() is not None and run.stderr else ""
+        assert run.poll() is None, f"the run ended with {run.returncode}: {said}"
         assert time.monotonic() < deadline, f"not within {PATIENCE} s"
         time.sleep(0.05)
     return value
