@@ -1,10 +1,11 @@
 # make demo: a fleet of unequal devices fine-tunes a real model on this machine
-# make test: the test suite, by WORKERS processes, each of which takes a file of tests at a time
+# make test: the test suite, by WORKERS processes, each of which takes a file of tests at a time;
+# three keep two cores busy, as tests of deployments wait for other processes
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test lint clean
 

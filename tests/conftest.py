@@ -1,5 +1,8 @@
 """What runs cache and clients remember goes to folders of the session; long files begin first."""
 
+import fcntl
+import gc
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,19 +12,20 @@ import pytest
 LONG_FILES = (
     "test_fleet_life.py",
     "test_fleet_server.py",
-    "test_slow_link.py",
-    "test_stopping.py",
     "test_launch.py",
-    "test_resume.py",
-    "test_memory_limit.py",
-    "test_flwr_run.py",
+    "test_slow_link.py",
+    "test_compare.py",
+    "test_stopping.py",
+    "test_benchmark_scale.py",
     "test_gate_fuzz.py",
+    "test_resume.py",
+    "test_flwr_run.py",
+    "test_memory_limit.py",
     "test_formats.py",
     "test_killed_for_memory.py",
     "test_finetune.py",
     "test_inverted_residual.py",
     "test_dry_run.py",
-    "test_compare.py",
     "test_notebooks.py",
     "test_cli.py",
     "test_planner.py",
@@ -41,6 +45,28 @@ def client_memories(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEET_STATE", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture
+def one_ray():
+    """Flower's simulation runtime, which no other test process uses meanwhile.
+
+    Two that start at once on two cores may each take longer than the 30 s that Ray waits.
+    """
+    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
+    with (Path(tempfile.gettempdir()) / "fleet-tests-ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: nobody need look through it for garbage, again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

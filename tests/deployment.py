@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,15 @@ def write_digits(folder: Path, counts: Mapping[str, int], classes: Mapping[str, 
             class_folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(next(images)).save(class_folder / f"{i}.png")
+
+
+def wait_for_keys(processes: Processes, server: str, devices: Iterable[str]) -> None:
+    """Until the server knows the devices' keys: one that asks before that starts all over."""
+    processes.wait(
+        f"keys of {', '.join(devices)} at {server}",
+        lambda: all(f"{name} may take part" in processes.log(server) for name in devices),
+        seconds=600,
+    )
 
 
 def rounds_on_record(record: RunRecord) -> int:

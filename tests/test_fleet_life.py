@@ -20,6 +20,7 @@ from tests.deployment import (
     free_ports,
     processes_in_a_folder,
     rounds_on_record,
+    wait_for_keys,
     write_digits,
 )
 
@@ -148,15 +149,15 @@ def live(processes: Processes) -> Life:
     hosts = (f"{HOST}:{port}", "localhost")
     provision = ("provision", "--host", *hosts, "--devices", *devices, "--out", machines)
     processes.fleet("provision", *provision)
-    processes.finish("provision", 120)
+    processes.finish("provision", 600)
     link = (Path(__file__).with_name("slow_link.py"), "--listen", f"{HOST}:{far_port}", *LINK)
     processes.start("link", "user", "python", *link, "--to", f"{HOST}:{port}")
     processes.fleet("server", "server", "--dir", machines / "server", "--host", HOST)
     move_behind(machines / FAR, far_port)
+    wait_for_keys(processes, "server", devices)
     for name in devices:
         start_client(processes, machines, name)
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
     processes.fleet(
         *("run", "run", "--dir", machines / "server", "--name", "life", *settings),
         *("--data", folder / "server-images"),

@@ -9,13 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from fleet.records import RunRecord
-from tests.deployment import Processes, processes_in_a_folder, write_digits
+from tests.deployment import Processes, processes_in_a_folder, wait_for_keys, write_digits
 
 CLASSES = {"eight": 8, "four": 4, "one": 1}
 DEVICE = "pi-01"
@@ -25,7 +25,6 @@ SETTINGS = {
     "blocks": 1,
     "local-epochs": 1,
     "batch-size": 8,
-    "rounds": 3,
     "min-clients": 1,
     "round-timeout": 900,
     "codec-up": "topk:0.02+int4",
@@ -73,23 +72,24 @@ def two_machines() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.skipif(not namespaces_are_there(), reason="needs root, and ip of iproute2")
 @pytest.mark.parametrize(
-    ("kbits", "delay_ms"),
+    ("kbits", "delay_ms", "number_of_rounds"),
     [
-        (256, 150),
-        pytest.param(128, 1000, marks=pytest.mark.slow),
-        pytest.param(64, 1000, marks=pytest.mark.slow),
+        (256, 150, 1),  # three rounds over such a link are in test_fleet_life
+        pytest.param(128, 1000, 3, marks=pytest.mark.slow),
+        pytest.param(64, 1000, 3, marks=pytest.mark.slow),
     ],
 )
-def test_no_update_is_lost_on_a_link_that_is_slow_and_breaks(kbits, delay_ms):
+def test_no_update_is_lost_on_a_link_that_is_slow_and_breaks(kbits, delay_ms, number_of_rounds):
+    settings = SETTINGS | {"rounds": number_of_rounds}
     with two_machines() as (server, device, address), processes_in_a_folder() as processes:
         try:
-            record, seen = train_over(processes, server, device, address, kbits, delay_ms)
+            record, seen = train_over(processes, settings, server, device, address, kbits, delay_ms)
         except AssertionError:
             print(processes.all_logs())
             raise
         rounds = list(record.rounds())[1:]
         print(seen, [report.seconds for report in rounds])
-        assert len(rounds) == SETTINGS["rounds"]
+        assert len(rounds) == number_of_rounds
         for report in rounds:
             assert [client.name for client in report.clients] == [DEVICE], report.refused
             assert report.stepped and report.refused == {}
@@ -97,7 +97,13 @@ def test_no_update_is_lost_on_a_link_that_is_slow_and_breaks(kbits, delay_ms):
 
 
 def train_over(
-    processes: Processes, server: str, device: str, address: str, kbits: int, delay_ms: int
+    processes: Processes,
+    settings: Mapping[str, object],
+    server: str,
+    device: str,
+    address: str,
+    kbits: int,
+    delay_ms: int,
 ) -> tuple[RunRecord, dict[str, int]]:
     """A run with one device on another machine, and what the link between them saw."""
     folder = processes.folder
@@ -110,7 +116,7 @@ def train_over(
 
     provision = ("--host", f"{address}:{LINK}", "--devices", DEVICE, "--out", machines)
     processes.fleet("provision", "provision", *provision)
-    processes.finish("provision", 120)
+    processes.finish("provision", 600)
     link = [Path(__file__).with_name("slow_link.py"), "--listen", f"{address}:{LINK}"]
     link += ["--to", f"{address}:{SERVER}", "--kbits", kbits, "--delay-ms", delay_ms]
     link += ["--resets", 0.05, "--seed", 3]
@@ -119,14 +125,14 @@ def train_over(
         *(server, "server", "server", "--dir", machines / "server"),
         *("--host", address, "--port", SERVER),
     )
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    wait_for_keys(processes, "server", [DEVICE])
     on(
         *(device, DEVICE, "client", "--bundle", machines / f"{DEVICE}.tar.gz"),
         *("--data", folder / f"{DEVICE}-images", "--state", folder / DEVICE, "--budget-mib", "off"),
     )
-    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
     on(
-        *(server, "run", "run", "--dir", machines / "server", "--name", "far", *settings),
+        *(server, "run", "run", "--dir", machines / "server", "--name", "far", *options),
         *("--data", folder / "server-images"),
     )
     processes.finish("run", RUN_SECONDS)

@@ -48,7 +48,7 @@ class Fleet:
     def __init__(self, scripted_grid, choose=algorithm, **settings):
         self._grid = scripted_grid
         self._choose = choose
-        self._settings = {"rounds": ROUNDS, "round-timeout": 0.5, "server-learning-rate": 0.0}
+        self._settings = {"rounds": ROUNDS, "round-timeout": 60, "server-learning-rate": 0.0}
         self._settings |= settings
 
     def config(self, folder, **changes):

@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-# A round is a chain of short tasks, each of which waits for somebody to look: Flower's own
-# interval is 1 s. On a device a look costs it some CPU for as long as it is idle.
-SERVER_POLL_SECONDS, DEVICE_POLL_SECONDS = 0.1, 0.4
+# A task waits until somebody looks for it: Flower's own interval is 1 s, and every look costs
+# CPU for as long as nothing happens. A device has a task for every message of a round, the
+# server one for a whole run.
+SERVER_POLL_SECONDS, DEVICE_POLL_SECONDS = 0.5, 0.4
 # Of a piece of a tensor. Flower's 5 MiB take 11 minutes at 64 kbit/s; a server gives up a
 # reply of which nothing more has come for 3, and a reset begins a piece anew.
 CHUNK_BYTES = 256 * 1024

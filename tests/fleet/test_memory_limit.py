@@ -88,6 +88,7 @@ def test_without_the_limit_all_of_them_train(method):
     assert len(losses) == STEPS and losses[-1] < losses[0] < 10
 
 
+@pytest.mark.slow  # by how much the limit of the tests above could be another
 def test_the_limit_could_be_tighter_for_mobiletl_and_wider_for_stock():
     tight = train("mobiletl", ALLOWANCE_MIB - 4)
     assert tight.returncode == 0, tight.stderr

@@ -15,6 +15,7 @@ def test_our_engine_computes_what_the_plain_loop_does():
     assert min(loop.peak_bytes, ours.peak_bytes) > 2**26  # PyTorch alone takes more
 
 
+@pytest.mark.slow  # the small job above takes the same path
 def test_our_engine_computes_what_the_plain_loop_does_with_mobilenet_too():
     job = JOBS["mobilenet"]
     loop, ours = (run_job(engine, (1, 2, 4)) for engine in engines(None, job)[:2])

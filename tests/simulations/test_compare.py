@@ -120,19 +120,26 @@ def test_a_further_seed_runs_alone(copy):
     assert sorted(comparison.rows[0].runs) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["rounds.jsonl", "summary.json", "cell.json"])
-def test_a_damaged_run_is_set_aside_named_and_run_again(first, copy, name):
-    path = first[0].rows[1].runs[1][0].path.name
-    before = [report.accuracy for report in RunRecord(copy / "runs" / path).rounds()]
-    (copy / "runs" / path / name).write_text("{")
+def test_damaged_runs_are_set_aside_named_and_run_again(first, copy):
+    whole = [("codec=float32", 1), ("codec=int8", 0), ("codec=int8", 1)]
+    rows = {row.variant.name: row for row in first[0].rows}
+    files = ["rounds.jsonl", "summary.json", "cell.json"]
+    keys = [rows[name].runs[seed][0].path.name for name, seed in whole]
+    before = [accuracies(copy / "runs" / key) for key in keys]
+    for key, file in zip(keys, files, strict=True):
+        (copy / "runs" / key / file).write_text("{")
     _, ran, notes = again(copy)
-    assert [(row, seed) for row, seed, *_ in ran] == [("codec=int8", 1)]
-    place = copy / "runs" / f"{path}.corrupt-1"
-    assert (place / name).read_text() == "{"
-    assert notes[0].startswith("the run of codec=int8, seed 1, is damaged (")
-    assert f"it is set aside as {place} and run again" in notes[0]
-    again_there = RunRecord(copy / "runs" / path).rounds()
-    assert [report.accuracy for report in again_there] == before
+    assert [(row, seed) for row, seed, *_ in ran] == whole
+    for (name, seed), key, file, note in zip(whole, keys, files, notes, strict=False):
+        place = copy / "runs" / f"{key}.corrupt-1"
+        assert (place / file).read_text() == "{"
+        assert note.startswith(f"the run of {name}, seed {seed}, is damaged (")
+        assert f"it is set aside as {place} and run again" in note
+    assert [accuracies(copy / "runs" / key) for key in keys] == before
+
+
+def accuracies(run):
+    return [report.accuracy for report in RunRecord(run).rounds()]
 
 
 def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -161,42 +168,44 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A command of two cells, and the process that runs it once its first has ended."""
+    """Function that starts a command of three cells; every call starts the same one."""
     command = [*FLEET, "compare", "--out", str(tmp_path / "out")]
-    command += ["--seeds", "2", *(f"--set={key}={value}" for key, value in SMALL.items())]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert "1 of 2: as set, seed 0" in process.stderr.readline()
-    yield command, process
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    command += ["--seeds", "3", *(f"--set={key}={value}" for key, value in SMALL.items())]
+    started = []
+
+    def start():
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_stopped(sweep, tmp_path):
-    command, process = sweep
+def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_ctrl_c_ends_it(sweep, tmp_path):
+    process, runs = sweep(), tmp_path / "out" / "runs"
+    assert "1 of 3: as set, seed 0" in process.stderr.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    runs = tmp_path / "out" / "runs"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while list(runs.glob("*.part-*")) and time.monotonic() < deadline:
         time.sleep(0.1)  # its worker notices, and clears up
     assert len(list(runs.iterdir())) == 1
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 of 2 runs are there already" in done.stderr
-    assert "2 of 2: as set, seed 1" in done.stderr
 
-
-def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_path):
-    _, process = sweep
+    process = sweep()
+    assert "1 of 3 runs are there already" in process.stderr.readline()
+    assert "2 of 3: as set, seed 1" in process.stderr.readline()
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=300) == 130
     assert not [worker for worker in workers if worker.is_running()]
     said = process.stderr.read()
     assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
     assert "Traceback" not in said
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+    assert len(list(runs.iterdir())) == 2
 
 
 def test_two_comparisons_in_one_folder_are_refused(tmp_path):

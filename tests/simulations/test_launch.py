@@ -88,8 +88,7 @@ def test_an_unknown_engine_is_refused_with_the_known_ones():
         simulate(SMALL, engine="cloud")
 
 
-def test_both_engines_end_with_the_same_tensors(tmp_path):
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
+def test_both_engines_end_with_the_same_tensors(tmp_path, one_ray):
     # With clients that remember what they hold and what they left out.
     settings = SMALL | {"rounds": 3, "codec-up": "topk:0.1+int4", "codec-down": "int8"}
     runs = {
@@ -147,8 +146,7 @@ def test_flowers_engine_has_no_workers_of_ours(tmp_path):
         simulate(SMALL | {"run-dir": str(tmp_path / "run")}, engine="flower", workers=2)
 
 
-def test_a_run_that_fails_on_flower_says_why(tmp_path):
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
+def test_a_run_that_fails_on_flower_says_why(tmp_path, one_ray):
     settings = SMALL | {"run-dir": str(tmp_path / "run"), "backbone": "mobilenet_v9"}
     with pytest.raises(
         FleetError, match=r"the run on Flower failed: .*unknown backbone mobilenet_v9"

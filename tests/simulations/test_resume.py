@@ -124,15 +124,6 @@ def test_what_a_strategy_and_its_clients_remember_is_there_again(tmp_path, setti
     assert_same(record, simulate(settings | {"run-dir": str(tmp_path / "whole")}))
 
 
-def test_another_engine_goes_on_with_a_run(tmp_path):
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
-    settings = SMALL | REMEMBERING
-    folder = tmp_path / "ended"
-    end_after(1, settings | {"run-dir": str(folder)})
-    record = go_on(folder, engine="flower")
-    assert_same(record, simulate(settings | {"run-dir": str(tmp_path / "whole")}))
-
-
 def test_a_run_ended_before_its_first_checkpoint_begins_anew_in_its_folder(tmp_path):
     folder = tmp_path / "ended"
     RunRecord.create(str(folder), SMALL)

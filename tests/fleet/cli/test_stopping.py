@@ -1,5 +1,9 @@
-"""Real processes, real signals."""
+"""Real processes, real signals.
 
+`-m slow` takes the other signals where one of them stands for all.
+"""
+
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,20 +21,54 @@ from fleet.cli import main
 from fleet.cli.simulate import _beside_config
 from fleet.records import RunRecord
 from fleet.signals import ENDING
+from simulations import simulate
 from tests.commands import FLEET, HEAR
 
-SMALL = (
-    *("--clients", "2", "--train-examples", "60", "--test-examples", "30", "--image-size", "32"),
-    *("--local-epochs", "1", "--blocks", "0,1", "--rounds", "500"),
-)
+SETTINGS = {
+    "clients": 2,
+    "train-examples": 60,
+    "test-examples": 30,
+    "backbone": "mobilenet_v3_small",
+    "weights": "none",
+    "image-size": 32,
+    "local-epochs": 1,
+    "blocks": "0,1",
+    "rounds": 500,
+}
+SMALL = tuple(f"--{name}={value}" for name, value in SETTINGS.items())
+# What clients and strategy remember between rounds.
+REMEMBERING = {
+    "strategy": "fedadam",
+    "server-learning-rate": 0.01,
+    "codec-up": "int4+feedback",
+    "codec-down": "int4+feedback",
+}
+PATIENCE = 600  # seconds; a busy machine takes minutes to import PyTorch
 
 
-def wait_for(what, seconds=200):
-    deadline = time.monotonic() + seconds
+def wait_for(what, run):
+    """Poll until something is so; a run that ends before that fails."""
+    deadline = time.monotonic() + PATIENCE
     while not (value := what()):
-        assert time.monotonic() < deadline
+        said = run.stderr.read()[-3000:] if run.poll() is not None and run.stderr else ""
+        assert run.poll() is None, f"the run ended with {run.returncode}: {said}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s"
         time.sleep(0.05)
     return value
+
+
+@contextlib.contextmanager
+def started(command, **options):
+    """A process, which ends with the block and all that it started with it."""
+    with subprocess.Popen(command, text=True, **options) as run:
+        try:
+            yield run
+        finally:
+            if run.poll() is None:
+                parent = psutil.Process(run.pid)
+                for process in (*parent.children(recursive=True), parent):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 def rounds_on_record(run_dir):
@@ -56,18 +94,22 @@ def check_record(run_dir, tmp_path):
     return last
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        # These two come from a terminal below.
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
     run_dir = tmp_path / "run"
-    run = subprocess.Popen(
-        [*FLEET, "simulate", *SMALL, "--run-dir", str(run_dir), "--format", "json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: rounds_on_record(run_dir) > 2)
-    run.send_signal(number)
-    stdout, stderr = run.communicate(timeout=60)
+    command = [*FLEET, "simulate", *SMALL, "--run-dir", str(run_dir), "--format", "json"]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        wait_for(lambda: rounds_on_record(run_dir) > 2, run)
+        run.send_signal(number)
+        stdout, stderr = run.communicate(timeout=PATIENCE)
     assert run.returncode == 128 + number
     assert stdout == "" and "Traceback" not in stderr
     last = check_record(run_dir, tmp_path)
@@ -90,7 +132,7 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
         env=environment,
         dimensions=(24, 40),
         encoding="utf-8",
-        timeout=200,
+        timeout=PATIENCE,
     )
     terminal.expect(r"round 2/500: [\d.]+ %, loss [\d.]+, [\d.]+ s\b")
     terminal.expect(r"round \d+ of 500 .* left")
@@ -104,7 +146,8 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
     check_record(run_dir, tmp_path)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+# A single process hears the signal as it does SIGTERM above.
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, workers):
     run_dir = tmp_path / "run"
     environment = os.environ | {"TERM": "xterm"}
@@ -114,29 +157,26 @@ def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, 
         [*FLEET[1:], "simulate", *SMALL, "--workers", workers, "--run-dir", str(run_dir)],
         env=environment,
         encoding="utf-8",
-        timeout=200,
+        timeout=PATIENCE,
     )
     terminal.expect(r"round 2/500")
     family = psutil.Process(terminal.pid).children(recursive=True)
     os.close(terminal.child_fd)
     assert terminal.ptyproc.wait() == 128 + signal.SIGHUP
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
     check_record(run_dir, tmp_path)
 
 
 def test_a_run_whose_terminal_may_go_goes_on(tmp_path):
     run_dir = tmp_path / "run"
-    run = subprocess.Popen(
-        [
-            *("nohup", sys.executable, "-m", "fleet.cli"),
-            *("simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(lambda: rounds_on_record(run_dir) > 2)
-    run.send_signal(signal.SIGHUP)
-    assert run.wait(timeout=100) == 0
+    command = [
+        *("nohup", sys.executable, "-m", "fleet.cli"),
+        *("simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)),
+    ]
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        wait_for(lambda: rounds_on_record(run_dir) > 2, run)
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(timeout=PATIENCE) == 0
     assert RunRecord(run_dir).summary()["rounds"] == 8
 
 
@@ -171,49 +211,58 @@ with stopping(RunRecord.reserve(sys.argv[1]), ""):
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_ends_the_run_and_its_children_at_once(tmp_path, second):
-    run = subprocess.Popen(
-        [sys.executable, "-c", HEAR + STUBBORN, str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    child = psutil.Process(int(run.stdout.readline()))
-    assert run.stdout.readline() == "on\n"
-    run.send_signal(signal.SIGINT)
-    assert run.stdout.readline() == "ending\n"
-    assert child.is_running()
-    run.send_signal(second)
-    assert run.wait(timeout=10) == 128 + second
-    run.stdout.close()
-    assert not psutil.wait_procs([child], timeout=10)[1]
+    command = [sys.executable, "-c", HEAR + STUBBORN, str(tmp_path / "run")]
+    with started(command, stdout=subprocess.PIPE) as run:
+        child = psutil.Process(int(run.stdout.readline()))
+        assert run.stdout.readline() == "on\n"
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.readline() == "ending\n"
+        assert child.is_running()
+        run.send_signal(second)
+        # The child would stay for ten minutes.
+        assert run.wait(timeout=60) == 128 + second
+        assert not psutil.wait_procs([child], timeout=60)[1]
 
 
-# The second time Flower's processes are being ended when the signal comes again.
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
-def test_a_run_on_flower_that_is_stopped_leaves_no_process_behind(tmp_path, numbers):
-    pytest.importorskip("ray", reason="Flower's simulation runtime needs the extra sim")
-    run_dir = tmp_path / "run"
-    run = subprocess.Popen(
-        [*FLEET, "simulate", *SMALL, "--engine", "flower", "--run-dir", str(run_dir)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    family = []
-    try:
-        wait_for(lambda: rounds_on_record(run_dir) > 1)
+def stop_on_flower(run_dir, rounds, arguments, numbers):
+    """Signal a run on Flower once it has so many rounds on record; what it said at its end."""
+    command = [*FLEET, "simulate", *arguments, "--engine", "flower"]
+    with started(command, stderr=subprocess.PIPE) as run:
+        wait_for(lambda: rounds_on_record(run_dir) >= rounds, run)
         family = psutil.Process(run.pid).children(recursive=True)
         for number in numbers:
             run.send_signal(number)
             time.sleep(0.5)
-        _, stderr = run.communicate(timeout=100)
-    finally:
-        run.kill()
+        _, stderr = run.communicate(timeout=PATIENCE)
     assert run.returncode == 128 + numbers[-1]
     assert len(family) > 3
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    if len(numbers) == 1:
-        assert stderr.endswith(f"fleet simulate --resume {run_dir} --engine flower\n")
-        check_record(run_dir, tmp_path)
+    return stderr
+
+
+def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_process(
+    tmp_path, one_ray
+):
+    """A run that our own engine began; Flower's takes what both sides remember from the disk."""
+
+    def end(report):
+        if report.server_round == 1:
+            raise KeyboardInterrupt
+
+    run_dir = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        simulate(SETTINGS | REMEMBERING | {"run-dir": str(run_dir)}, on_round=end)
+    begun = rounds_on_record(run_dir)
+    stderr = stop_on_flower(run_dir, begun + 2, ("--resume", str(run_dir)), [signal.SIGTERM])
+    assert stderr.endswith(f"fleet simulate --resume {run_dir} --engine flower\n")
+    assert check_record(run_dir, tmp_path) >= begun + 1
+
+
+def test_a_second_signal_as_flower_is_being_ended_leaves_no_process_behind(tmp_path, one_ray):
+    run_dir = tmp_path / "run"
+    arguments = (*SMALL, "--run-dir", str(run_dir))
+    stop_on_flower(run_dir, 2, arguments, [signal.SIGINT, signal.SIGINT])
 
 
 @pytest.fixture
