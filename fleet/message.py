@@ -167,7 +167,8 @@ def read_update(content: RecordDict) -> tuple[Payload, dict[str, int | float]]:
             raise ValueError(f"unknown {unknown[0]} in the header")
         if unknown := sorted({*content} - {"metrics", "tensors", "header"}):
             raise ValueError(f"unknown record {unknown[0]}")
-        payload = Payload(str(header["codec"]), str(header["plan-digest"]), _unpacked(content))
+        data = bytes(_unpacked(content))
+        payload = Payload(str(header["codec"]), str(header["plan-digest"]), data)
     except Exception as error:  # NumPy's header parser raises a dozen kinds for a damaged one
         raise _unreadable("message holds no readable payload", error) from error
     return payload, read_metrics(content)
@@ -215,7 +216,7 @@ def read_bytes(content: RecordDict) -> bytes:
         UpdateError: if there is none.
     """
     try:
-        return _unpacked(content)
+        return bytes(_unpacked(content))
     except Exception as error:
         raise _unreadable("message holds no readable payload", error) from error
 
@@ -292,8 +293,8 @@ def _packed(data: bytes) -> ArrayRecord:
     return ArrayRecord({"packed": Array(np.frombuffer(data, np.uint8))})
 
 
-def _unpacked(content: RecordDict) -> bytes:
-    """The row of bytes in a content; `np.load` would allocate whatever its header claims."""
+def _unpacked(content: RecordDict) -> memoryview:
+    """The row of bytes in a content, where it lies: `np.load` allocates what its header claims."""
     record = content["tensors"]
     if not isinstance(record, ArrayRecord) or list(record) != ["packed"]:
         raise TypeError(f"tensors hold {list(record)[:3]}, not one array named packed")
@@ -305,7 +306,7 @@ def _unpacked(content: RecordDict) -> bytes:
     if version != (1, 0):
         raise ValueError(f"packed is .npy version {version}, not (1, 0)")
     shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    row = packed.data[stream.tell() :]
+    row = memoryview(packed.data)[stream.tell() :]
     if dtype != np.uint8 or shape != (len(row),):
         raise ValueError(f"packed claims {dtype} of shape {shape} and holds {len(row)} bytes")
     return row
