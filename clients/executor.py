@@ -30,6 +30,8 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+from fleet.heap import trim
+
 # What a ClientApp imports, directly or as it trains.
 LIBRARIES = ("clients.client_app", "timm", "torchvision")
 # Flower sends these with the app: a run's own must not be hidden by those installed.
@@ -108,6 +110,7 @@ def _serve(requests: socket.socket) -> None:
     _import_libraries()
     # Shared pages stay so: a collection would write to the headers of all objects.
     gc.collect()
+    trim()
     gc.freeze()
     log(INFO, "ClientApps start warm")
     while request := requests.recv(_MESSAGE):
@@ -117,9 +120,11 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _import_libraries() -> None:
+    from clients.libraries import import_without_compiler  # brings PyTorch: for the template alone
+
     for name in LIBRARIES:
         try:
-            importlib.import_module(name)
+            import_without_compiler(name)
         except ImportError as error:  # the ClientApp will say so to whom it concerns
             log(WARNING, "%s cannot be imported beforehand: %s", name, error)
     for name in list(sys.modules):

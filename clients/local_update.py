@@ -18,6 +18,7 @@ from fleet.backbones import Backbone
 from fleet.codec import Download, Payload, decode
 from fleet.errors import FleetError
 from fleet.evaluation import Evaluation, evaluate
+from fleet.heap import trim
 from fleet.message import Enrolment, Task
 from fleet.mobiletl import first_trained_step
 from fleet.plan import UpdatePlan
@@ -110,6 +111,7 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
         "peak-bytes": result.peak_bytes,
         "seconds": result.seconds,
     }
+    del received, state
     codec = config.federation.codec_up
     payload = encode_update(update, narrow, plan, codec, round_seed, memory)
     if narrow.local_specs:
@@ -119,6 +121,8 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
         keep_gradients(config.federation, sent, plan, memory, task)
     if training.skipped:
         metrics["skipped-images"] = training.skipped
+    del update
+    trim()  # the reply is what is held next
     told = share.metrics() | learnt.metrics() | cooling.metrics() | device_metrics()
     return payload, metrics | told
 

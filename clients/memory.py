@@ -219,7 +219,7 @@ def _checksum(arrays: Arrays, facts: str) -> str:
     crc = zlib.crc32(facts.encode())
     for name, array in sorted(arrays.items()):
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-        crc = zlib.crc32(array.tobytes(), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
     return f"{crc:08x}"
 
 

@@ -182,7 +182,9 @@ def read_backbone(
 
 def _zero_head(in_features: int, num_classes: int) -> nn.Linear:
     """Starts at even odds for every class, whatever the seed."""
-    head = nn.utils.skip_init(nn.Linear, in_features, num_classes)  # draws no random numbers
+    # Not skip_init: it makes the layer on device "meta", which imports SymPy, 40 MiB.
+    with torch.random.fork_rng(devices=[]):
+        head = nn.Linear(in_features, num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -1,8 +1,12 @@
-"""The C library's heap: what PyTorch gave back, given back to the system too."""
+"""The C library's heap: what was given back to it, given back to the system too."""
 
 import ctypes
 import sys
 from functools import cache
+
+# Source: malloc.h of glibc, mallopt(3).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_KEEP_LITTLE = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_THRESHOLD: 128 * 1024, _ARENA_MAX: 1}
 
 
 def trim() -> None:
@@ -11,10 +15,26 @@ def trim() -> None:
     glibc keeps what a step released, in pieces that the next step may not fit
     into: between two steps that costs a device several MiB for nothing.
     """
-    if (malloc_trim := _malloc_trim()) is not None:
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
         malloc_trim(0)
 
 
+def keep_little() -> None:
+    """Let this process return what it releases, from now on; does nothing without glibc.
+
+    For processes that hold whole messages for a moment and then wait: glibc keeps a heap
+    for each of the first threads, and, once a large block was released, puts others of
+    its size into them. Each such block then takes the system's time anew.
+    """
+    if (mallopt := _of_glibc("mallopt")) is not None:
+        for parameter, value in _KEEP_LITTLE.items():
+            mallopt(parameter, value)
+
+
 @cache
-def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def _of_glibc(name: str) -> "ctypes._NamedFuncPointer | None":
+    """A function that glibc alone has, or None."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return getattr(library, name, None) if hasattr(library, "gnu_get_libc_version") else None

@@ -81,6 +81,7 @@ def train_locally(
     if not len(data):
         raise ConfigError(f"{data.name} has no training images for this client; give it some")
     model.train()
+    trim()  # of what was held while the model and its state were read
     optimizer = SGD(
         model.trainable_parameters(),
         config.learning_rate,

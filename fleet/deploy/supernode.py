@@ -25,6 +25,7 @@ import psutil
 
 from fleet.deploy.flower_process import end_with_parent, own_command
 from fleet.deploy.supernode_link import improve
+from fleet.heap import keep_little
 
 HALF_DEAD = 70  # EX_SOFTWARE of sysexits.h
 
@@ -38,6 +39,7 @@ _half_dead = threading.Event()
 def main() -> None:
     """Run the SuperNode until it is told to end, is half dead, or its parent is gone."""
     end_with_parent()
+    keep_little()  # it stays, and each message of a round passes through it
     threading.excepthook = _end_for_thread
     options, arguments = _read_arguments()
     if not options.cold:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fleet.mobiletl.chunks import images_in_chunk
 from fleet.mobiletl.convolution import Convolution
-from fleet.mobiletl.functional import activate
+from fleet.mobiletl.functional import activate, gradients_from
 from fleet.structure import InvertedResidual, Step, Unit
 
 Part = InvertedResidual | Unit | Step
@@ -60,7 +60,7 @@ class _FrozenTail(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 y = run_frozen(ctx.parts, leaf.clone())
-                into.copy_(torch.autograd.grad(y, leaf, d_out)[0])
+                into.copy_(gradients_from(y, d_out, [leaf])[0])
         return dx, None
 
 

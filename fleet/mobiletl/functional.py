@@ -5,6 +5,7 @@ activation. Here a norm with frozen statistics keeps none and an activation
 one bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -193,6 +194,32 @@ def frozen_conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
         raise PlanError("frozen_conv2d takes a conv that is frozen and has no bias")
     options = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return _FrozenConv.apply(x, conv.weight, options)
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, d: Tensor) -> Tensor:
+        ctx.save_for_backward(d)
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def gradients_from(y: Tensor, d: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients at `inputs`, given the one at y: `torch.autograd.grad(y, inputs, d)`.
+
+    That compares shapes by means of SymPy, which a device need not import: 40 MiB. So it
+    is asked about a number whose gradient at y is d.
+
+    Args:
+        y: computed from the inputs.
+        d: as y.
+    """
+    with torch.enable_grad():
+        known = _Projection.apply(y, d)
+    return torch.autograd.grad(known, inputs)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fleet.mobiletl.chunks import chunks, images_in_chunk, room
 from fleet.mobiletl.convolution import Convolution
-from fleet.mobiletl.functional import activate, is_clamp
+from fleet.mobiletl.functional import activate, gradients_from, is_clamp
 from fleet.mobiletl.stash import keep, restore
 from fleet.structure import InvertedResidual, Unit
 
@@ -298,7 +298,7 @@ def _gated_backward(
         leaf = h.detach().requires_grad_()
         gated = gate(leaf)
     d = conv.backward(d, gated.detach(), True)
-    d_h, *found = torch.autograd.grad(gated, [leaf, *parameters], d)
+    d_h, *found = gradients_from(gated, d, [leaf, *parameters])
     for parameter, gradient in zip(parameters, found, strict=True):
         if parameter in gradients:
             gradients[parameter] += gradient

@@ -118,6 +118,13 @@ def test_a_state_arrives_as_it_was_sent(download):
     assert read_task(arrived) == TASK
 
 
+def test_a_state_is_read_where_it_lies_in_its_message():
+    payload = Payload("float32", "d" * 64, bytes(range(200)))
+    arrived = over_the_wire(write_state(Download(("v1",), (payload,))))
+    read = np.frombuffer(read_state(arrived, "d" * 64).payloads[0].data, np.uint8)
+    assert np.shares_memory(read, np.frombuffer(arrived["tensors"]["packed"].data, np.uint8))
+
+
 def test_one_step_is_not_taken_for_a_full_state():
     step = Download(("v2", "v3"), STEPS.payloads[:1])
     arrived = read_state(over_the_wire(write_state(step)), "d" * 64)

@@ -13,7 +13,7 @@ from fleet.errors import ConfigError
 from simulations.benchmark_scale.__main__ import fleets_table, main, methods_table, soak_table
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
 from simulations.benchmark_scale.trend import trend
-from simulations.footprint import bound_on_peak, footprint, watching
+from simulations.footprint import bound_on_peak, footprint, resident_alone, watching
 
 MIB = 2**20
 
@@ -61,17 +61,49 @@ def test_a_footprint_is_of_a_process_and_its_children(child):
     assert bound_on_peak(child.pid) >= own.pss
 
 
+SHARING = """
+import mmap, os, sys
+with open(sys.argv[1], "rb") as file:
+    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+os.fork()  # both have all pages
+assert not any(pages[i] for i in range(0, len(pages), mmap.PAGESIZE))
+os.write(1, b"on\\n")  # in one piece
+sys.stdin.read()
+"""
+
+
+def test_a_file_that_others_map_too_counts_in_full_and_once_for_a_device_alone(tmp_path):
+    file = tmp_path / "library"
+    file.write_bytes(bytes(64 * MIB))
+    sharing = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARING, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    try:
+        for process in sharing:
+            assert [process.stdout.readline() for _ in range(2)] == [b"on\n"] * 2
+        pid = sharing[0].pid
+        assert 32 * MIB < footprint(pid).pss < 64 * MIB  # the other two processes have half
+        assert 64 * MIB < resident_alone(pid) < 96 * MIB
+    finally:
+        for process in sharing:
+            process.communicate()
+
+
 def test_the_peak_is_of_what_was_seen_meanwhile(child):
     with watching(child.pid, period_seconds=0.01) as peak:
         child.stdout.readline()
         while peak.pss < 64 * MIB:
             pass
     assert peak.pss >= 64 * MIB
+    assert peak.alone >= 64 * MIB
 
 
 def test_a_process_that_is_gone_holds_nothing(child):
     child.communicate()
-    assert footprint(child.pid).pss == bound_on_peak(child.pid) == 0
+    assert footprint(child.pid).pss == bound_on_peak(child.pid) == resident_alone(child.pid) == 0
 
 
 def course(pss, *, cpu=1.0, seconds=2.0, **more):

@@ -1,5 +1,6 @@
 """Bytes kept and bytes allocated, in cases whose sizes are known."""
 
+import psutil
 import pytest
 import torch
 import torch.nn as nn
@@ -72,6 +73,25 @@ def test_peak_can_be_followed_again_after_an_error():
     with allocator_peak() as peak:
         room(256)
     assert peak.bytes == pytest.approx(256 * KIB, abs=4 * KIB)
+
+
+def test_operations_are_not_recorded_as_they_would_take_more_than_a_step():
+    x = torch.zeros(1)
+    before = psutil.Process().memory_info().rss
+    with allocator_peak() as peak:
+        for _ in range(50_000):
+            x.zero_()  # allocates nothing
+        grown = psutil.Process().memory_info().rss - before
+    assert peak.bytes == 0
+    assert grown < 8 * 2**20  # a record of each took 45 MiB
+
+
+def test_operations_are_recorded_again_for_others_afterwards():
+    with allocator_peak():
+        pass
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(4).sum()
+    assert "aten::sum" in {event.key for event in profiler.key_averages()}
 
 
 def train_step(layer, x):

@@ -12,6 +12,7 @@ from fleet.measure import saved_for_backward
 from fleet.mobiletl.functional import (
     batch_norm,
     frozen_conv2d,
+    gradients_from,
     pack_bits,
     shift_norm,
     sign_mask,
@@ -226,3 +227,13 @@ def test_frozen_conv_refuses_one_that_trains_or_has_a_bias(bias):
         conv.requires_grad_(False)
     with pytest.raises(PlanError, match="takes a conv that is frozen and has no bias"):
         frozen_conv2d(random_map((2, 8, 4, 4)), conv)
+
+
+def test_gradients_from_a_gradient_are_autograds():
+    x, w = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(3, 1, 1, requires_grad=True)
+    y = (x * w).sigmoid()
+    d = torch.randn_like(y)
+    theirs = torch.autograd.grad(y, [x, w], d, retain_graph=True)
+    with torch.no_grad():
+        ours = gradients_from(y, d, [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
