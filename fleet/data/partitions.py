@@ -1,9 +1,6 @@
-"""Which client holds which examples: what Flower's partitioners draw, made safe for any run.
+"""Which client holds which examples: Flower's partitioners, made safe for any run."""
 
-Two of them are drawn here, number for number as Flower's are: to import Flower's
-takes as long as a small run's first round, and 240 MB.
-"""
-
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +12,6 @@ from fleet.errors import ConfigError
 FORMS = "iid, dirichlet:ALPHA (as dirichlet:0.5), classes:N (as classes:2)"
 
 # Flower redraws a Dirichlet partition ten times, which leaves small alphas to luck.
-DIRICHLET_DRAWS = 11  # of a seed
 DIRICHLET_SEEDS = 10
 
 
@@ -71,51 +67,41 @@ def _number(spec: str, value: str, kind: Callable[[str], Any]) -> Any:
 
 
 def _iid(labels: np.ndarray, num_partitions: int, seed: int) -> list[np.ndarray]:
-    """In chance order, as folders lie sorted by class, and cut as Flower's IidPartitioner cuts."""
+    flower = need("flwr_datasets.partitioner", "a partition")
+    # Flower's partitioner cuts the rows as they lie, and folders lie sorted by class.
     order = np.random.default_rng(seed).permutation(len(labels))
-    return [np.sort(part) for part in np.array_split(order, num_partitions)]
+    return _deal(flower.IidPartitioner(num_partitions), order, labels[order])
 
 
 def _dirichlet(
     labels: np.ndarray, alpha: float, num_partitions: int, seed: int
 ) -> list[np.ndarray]:
+    flower = need("flwr_datasets.partitioner", "a partition")
     wanted = max(2, min(10, len(labels) // (2 * num_partitions)))
     for minimum in sorted({wanted, (wanted + 2) // 2, 2}, reverse=True):
         for attempt in range(DIRICHLET_SEEDS):
-            # The first seed's draws are those of Flower's partitioner for this seed.
-            rng = np.random.default_rng(seed + (attempt << 32))
-            for _ in range(DIRICHLET_DRAWS):
-                parts = _draw_dirichlet(labels, alpha, num_partitions, rng)
-                if min(map(len, parts)) >= minimum:
-                    return parts
+            partitioner = flower.DirichletPartitioner(
+                num_partitions,
+                "label",
+                alpha,
+                min_partition_size=minimum,
+                seed=seed + (attempt << 32),  # the first draw is Flower's own for this seed
+            )
+            try:
+                return _deal(partitioner, np.arange(len(labels)), labels)
+            except ValueError as error:
+                last = error
     raise ConfigError(
         f"dirichlet:{alpha:g} over {num_partitions} clients and {len(labels)} examples leaves a "
         f"client with fewer than 2 at every draw; raise alpha, or use fewer clients or more "
         f"examples"
-    )
-
-
-def _draw_dirichlet(
-    labels: np.ndarray, alpha: float, num_partitions: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """One draw, in which clients may go empty: each class cut at shares of its own.
-
-    Source: Yurochkin et al., arXiv:1905.12022; the draws are those of Flower's
-    DirichletPartitioner without self-balancing.
-    """
-    cut = []
-    for name in np.unique(labels):
-        shares = rng.dirichlet(np.full(num_partitions, alpha))
-        positions = np.flatnonzero(labels == name)
-        ends = (np.cumsum(shares) * len(positions)).astype(int)[:-1]
-        cut.append(np.split(positions, ends))
-    return [np.sort(np.concatenate(parts)) for parts in zip(*cut, strict=True)]
+    ) from last
 
 
 def _classes(
     labels: np.ndarray, per_client: int, num_partitions: int, seed: int
 ) -> list[np.ndarray]:
-    flower = need("flwr_datasets.partitioner", "a partition by classes")
+    flower = need("flwr_datasets.partitioner", "a partition")
     names, sizes = np.unique(labels, return_counts=True)
     groups = _class_groups(len(names), per_client, num_partitions, seed)
     per_client = per_client if len(set(groups)) == len(names) else 1
@@ -127,12 +113,7 @@ def _classes(
     )
     # In chance order: it cuts a class, or a group of them, as the rows lie.
     order = np.random.default_rng(seed).permutation(len(labels))
-    datasets = need("datasets", "a partition by classes")
-    partitioner.dataset = datasets.Dataset.from_dict(
-        {"label": groups[np.searchsorted(names, labels)][order], "index": order}
-    )
-    parts = [partitioner.load_partition(i)["index"][:] for i in range(num_partitions)]
-    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
+    return _deal(partitioner, order, groups[np.searchsorted(names, labels)][order])
 
 
 def _class_groups(num_classes: int, per_client: int, num_partitions: int, seed: int) -> np.ndarray:
@@ -175,3 +156,15 @@ def _check_enough(
             f"{holders[i]} clients that hold it; use fewer clients, fewer classes a client or "
             f"more examples"
         )
+
+
+def _deal(partitioner: Any, order: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Run a Flower partitioner over rows that carry a label and a position, no image."""
+    datasets = need("datasets", "a partition")
+    partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "index": order})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it counts its own redraws aloud
+        parts = [
+            partitioner.load_partition(i)["index"][:] for i in range(partitioner.num_partitions)
+        ]
+    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
