@@ -54,9 +54,10 @@ def by_memory(lines: Sequence[Line]) -> Picture | None:
     return Picture(
         "accuracy-by-memory",
         "Accuracy by peak device memory",
-        "Filled and joined: the Pareto front, that no row beats in both. Memory: the largest peak "
-        "of a training step on any client, beyond model and batch. Upright lines: lowest to "
-        "highest seed." + ("" if named else " " + _key(points)),
+        "Filled and joined: the Pareto front, that no row beats in both. Memory, of the largest "
+        "client: the most that PyTorch allocates at once, beyond the loaded model, in a training "
+        "step whose images no cache holds yet; batch and momentum are among it. Upright lines: "
+        "lowest to highest seed." + ("" if named else " " + _key(points)),
         "Pareto front: "
         + "; ".join(_words(points[i], size, unit) for i in front)
         + ". Others: "
