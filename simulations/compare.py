@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fleet.config import read_toml
-from fleet.errors import ConfigError
+from fleet.config import default_settings, read_config, read_toml
+from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
 from simulations.cell_pool import run_cells
 from simulations.cells import Cell, CellFolders
+from simulations.checks import check_settings
 from simulations.comparison import COLUMNS, ComparedRow, Comparison
-from simulations.recipe import Recipe, recipe_of
+from simulations.recipe import Recipe, Variant, recipe_of
 
 RUNS = "runs"
 
@@ -65,6 +66,8 @@ def compare(
                     waiting.setdefault(cell.key, []).append((row, cell))
                 else:
                     row.runs[seed] = RunRecord(folders.path(cell)), measured
+            if len(row.runs) < len(asked.seeds):
+                _check(row.variant)
         total = len(rows) * len(asked.seeds)
         done = total - sum(map(len, waiting.values()))
         if done:
@@ -91,6 +94,18 @@ def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
     """
     values = recipe if isinstance(recipe, Mapping) else read_toml(Path(recipe))
     return recipe_of(values, tuple(COLUMNS))
+
+
+def _check(variant: Variant) -> None:
+    """Refuse a row whose runs could not begin.
+
+    Raises:
+        ConfigError: naming the row.
+    """
+    try:
+        check_settings(read_config(default_settings() | variant.settings))
+    except FleetError as error:
+        raise ConfigError(f"row {variant.name}: {error}") from error
 
 
 def _measured(

@@ -20,6 +20,7 @@ from fleet.report import write_page
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
 from simulations.callbacks import Callback, Callbacks
+from simulations.checks import check_fleet
 from simulations.workers import read_workers
 
 ENGINES = ("local", "flower")
@@ -77,7 +78,7 @@ def simulate(
         )
     adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
-    _check_fleet(config)
+    check_fleet(config)
     adversity.check_fleet(config.federation.clients, engine)
     if config.resume:
         record = RunRecord(Path(config.run_dir))
@@ -199,28 +200,6 @@ def _told_of_errors(record: RunRecord, watch: "_RoundWatch", followers: Callback
     except BaseException as error:
         followers.on_run_error(error)
         raise
-
-
-def _check_fleet(config: RunConfig) -> None:
-    """What is only wrong where the number of clients is known."""
-    federation = config.federation
-    for key, value in (
-        ("min-clients", federation.min_clients),
-        ("sampled", federation.sampled),
-        ("goal", federation.goal),
-        ("min-updates", federation.min_updates),
-        ("quorum", federation.quorum),
-    ):
-        if value > federation.clients:
-            raise ConfigError(
-                f"{key} is {value}, and the fleet has {federation.clients} clients; "
-                f"lower it, or raise clients"
-            )
-    if federation.evaluation == "clients" and config.data.validation_fraction == 0:
-        raise ConfigError(
-            "evaluation is left to the clients, and validation-fraction is 0; raise it, "
-            "or let the server evaluate"
-        )
 
 
 def _run_local(

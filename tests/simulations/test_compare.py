@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,30 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_pa
     assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
     assert "Traceback" not in said
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("partition", "dirichlet:x", "'dirichlet:x' needs alpha, a number above 0, got 'x'; known"),
+        ("partition", "foo", "partition 'foo' is unknown; known: iid"),
+        ("data", "nope", "data 'nope' is neither a known name nor a path here; known: digits"),
+        ("weights", "nope.pth", "no weights file nope.pth; name a .safetensors or .pth file"),
+        ("backbone", "nope", "unknown backbone nope; examples: efficientnet_lite0"),
+        ("method", "foo", "unknown method foo; known: mobiletl"),
+        ("blocks", "99", "blocks is 99, efficientnet_lite0 has 16; choose 0 to 16"),
+        ("sampled", 7, "sampled is 7, and the fleet has 2 clients"),
+    ],
+)
+def test_a_typo_is_found_before_any_cell_runs(tmp_path, key, value, why):
+    recipe = {
+        "settings": SMALL | {"method": "mobiletl"},
+        "rows": [{"name": "good"}, {"name": "bad", key: value}],
+    }
+    with pytest.raises(ConfigError, match=re.escape(why)) as error:
+        again(tmp_path / "out", recipe)
+    assert str(error.value).startswith("row bad: ") and "\n" not in str(error.value)
+    assert not [*(tmp_path / "out").glob("runs/*")]
 
 
 def test_two_comparisons_in_one_folder_are_refused(tmp_path):
