@@ -116,8 +116,7 @@ def simulate(
         watch.poll()
         if not config.state_dir:  # what clients remember is of use as long as the run goes on
             shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
-    if table:
-        record.write_summary(record.summary() | table)
+    record.write_summary(record.summary() | table | {"engine": engine})
     followers.on_run_end(record.summary())
     return record
 
