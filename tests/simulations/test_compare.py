@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,8 +17,9 @@ from fleet.cli import main
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import compare
-from simulations.cells import SHOWS, deciding_files, key_of
+from simulations.cells import key_of
 from simulations.compare import load_recipe
+from simulations.comparison import COLUMNS
 from tests.commands import FLEET
 from tests.runs import SMALL
 
@@ -115,6 +115,22 @@ def test_nothing_is_run_again_and_the_files_are_the_same(first, copy):
     assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
 
 
+def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
+    recipe = RECIPE | {"seeds": [1], "vary": {"codec": ["int8"]}}
+    comparison, ran, notes = again(copy, recipe, keep_models=True)
+    assert [seed for _, seed, *_ in ran] == [1]
+    assert notes == [
+        "1 of 1 runs are there without their models; they are run again, as --keep-models asks "
+        "for them"
+    ]
+    record, _ = comparison.rows[0].runs[1]
+    assert record.model_path.is_file()
+    before = RunRecord(first[0].folder / "runs" / record.path.name).rounds()
+    assert [r.accuracy for r in record.rounds()] == [r.accuracy for r in before]
+    _, ran, notes = again(copy, recipe, keep_models=True)
+    assert ran == [] and notes == ["1 of 1 runs are there already"]
+
+
 def test_a_further_seed_runs_alone(copy):
     comparison, ran, _ = again(copy, RECIPE | {"seeds": 3, "vary": {"codec": ["int8"]}})
     assert [(name, seed) for name, seed, *_ in ran] == [("codec=int8", 2)]
@@ -187,12 +203,13 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped(sweep, tmp_path):
     assert "2 of 2: as set, seed 1" in done.stderr
 
 
-def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_sweep_and_its_workers_and_says_how_to_go_on(sweep, tmp_path, number):
     _, process = sweep
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
     assert not [worker for worker in workers if worker.is_running()]
     said = process.stderr.read()
     assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
@@ -249,21 +266,14 @@ def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
     assert key() == others[-1]
 
 
-def test_what_shows_results_is_there_and_what_makes_them_decides():
-    root = Path(__file__).parents[2]
-    deciding = {path.relative_to(root).as_posix() for path in deciding_files()}
-    for name in ("fleet/train.py", "strategies/gate.py", "clients/local_update.py"):
-        assert name in deciding
-    for start in SHOWS:
-        assert list(root.glob(f"{start}*")), start  # renamed or removed, it would count again
-        assert not any(name.startswith(start) for name in deciding)
-
-
 def test_more_than_ten_thousand_runs_are_asked_about(tmp_path):
     options = ["compare", "--out", str(tmp_path / "out"), "--seeds", "10001"]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == 1
-    assert "this is 10,001 runs; with --yes they are run, all of them" in result.output
+    assert (
+        "this is 10,001 runs, more than 10,000; with --yes they are run, all of them"
+        in result.output
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -276,3 +286,19 @@ def test_the_command_prints_table_and_failures(copy, tmp_path):
     assert "codec=int8" in result.output and "MiB up" in result.output
     as_json = CliRunner().invoke(main, [*options, "--format", "json"])
     assert len(json.loads(as_json.stdout)) == 4
+
+
+def test_a_table_that_goes_to_no_terminal_has_every_column_in_a_line(copy):
+    options = ["compare", "--out", str(copy), "--seeds", "2", "--vary", "codec=float32,int8"]
+    options += [f"--set={key}={value}" for key, value in SMALL.items()]
+    said = CliRunner().invoke(main, options).stdout
+    (head,) = [line for line in said.splitlines() if line.startswith("row ")]
+    assert all(column.heading in head for column in COLUMNS.values())
+    (small,) = [line for line in said.splitlines() if line.startswith("codec=int8 ")]
+    assert small.count("±") == len(COLUMNS) + 1 and "more columns" not in said
+
+
+def test_columns_that_name_none_are_refused(tmp_path):
+    result = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), "--columns", ""])
+    assert result.exit_code == 1
+    assert "--columns names none, got ''; name some, as accuracy,bytes-up, or" in result.output
