@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -18,10 +18,6 @@ from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
-
-if TYPE_CHECKING:
-    from simulations.cell_pool import OnRound
-    from simulations.compare import OnCell
 
 _MANY = 10_000  # cells; more are asked about
 _UNBROKEN = 10_000  # characters of a line that goes to no terminal
@@ -151,8 +147,8 @@ def _ask(cells: int, yes: bool) -> None:
 @contextlib.contextmanager
 def _progress(
     cells: int,
-) -> Iterator[tuple["OnCell", "OnRound", Callable[[str], None]]]:
-    """Callbacks that show a comparison while it goes on, on standard error."""
+) -> Iterator[tuple[Callable[..., None], Callable[..., None], Callable[[str], None]]]:
+    """`on_cell`, `on_round` and `on_note` of `compare`, which show it on standard error."""
     console = Console(stderr=True)
     plain = not console.is_terminal or console.is_dumb_terminal
 
