@@ -6,9 +6,10 @@ same names.
 """
 
 import dataclasses
+import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -412,11 +413,25 @@ def read_config(settings: Mapping[str, Value]) -> RunConfig:
     """
     known = {key: field.type for key, _, field in _settings(RunConfig)}
     if unknown := sorted(settings.keys() - known.keys()):
-        raise ConfigError(f"unknown setting {unknown[0]}; known: {', '.join(sorted(known))}")
+        raise ConfigError(unknown_setting(unknown[0], known))
     if missing := sorted(known.keys() - settings.keys()):
         raise ConfigError(f"setting {missing[0]} is missing; start from default_settings()")
     values = {key: _typed(key, settings[key], known[key]) for key in known}
     return _build(RunConfig, values)
+
+
+def closest_first(word: str, known: Iterable[str]) -> list[str]:
+    """Names, those that look most like the word first."""
+    return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, word, name).ratio())
+
+
+def unknown_setting(key: str, known: Iterable[str]) -> str:
+    """What an error says of a setting that there is not; there are too many to name them all."""
+    first, second, third, *others = closest_first(key, known)
+    return (
+        f"unknown setting {key}; known: {first}, {second}, {third} and {len(others)} more, "
+        f"which fleet simulate --help lists"
+    )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -432,6 +447,36 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+
+
+def read_assignment(text: str, option: str = "--set") -> tuple[str, Value]:
+    """`KEY=VALUE` of a command line, the value as `read_value` reads it.
+
+    Raises:
+        ConfigError: if there is no `=`, and as `read_value`.
+    """
+    key, equals, written = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}")
+    return key, read_value(written, f"{option} {key}")
+
+
+def read_value(written: str, where: str) -> Value:
+    """A number, true or false, or else text, with quotes or without.
+
+    Whether a setting takes it is for `read_config` to say.
+
+    Raises:
+        ConfigError: for a list, a table or a time.
+    """
+    try:
+        value = tomllib.loads(f"value = {written}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return written.strip()
+    if not isinstance(value, Value):
+        raise ConfigError(f"{where} takes text, a number, true or false; got {written}")
+    return value
 
 
 def default_settings() -> dict[str, Value]:

@@ -51,7 +51,7 @@ class Fitted:
         stash: what was kept for backward.
         batch_size: images a step.
         losses: mean cross-entropy of each epoch, in nats.
-        peak_bytes: most that PyTorch allocated at once beyond the loaded model.
+        peak_bytes: as in `fleet.train.LocalResult`.
     """
 
     model: nn.Module

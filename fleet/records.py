@@ -38,7 +38,9 @@ class ClientReport:
         blocks: k, how many blocks it trained.
         num_examples: its training images.
         loss: its mean training loss, in nats; None in a record if it was not finite.
-        peak_bytes: allocator peak of a training step beyond model and batch.
+        peak_bytes: the most that PyTorch allocates at once, beyond the loaded model, in
+            a training step whose images no cache holds yet; batch and momentum are
+            among it.
         seconds: of its local update.
         metrics: what else it measured (temperature, resident memory).
     """
@@ -63,7 +65,7 @@ class RoundReport:
         train_loss: mean of the clients' training losses, by examples.
         bytes_up, bytes_down: of states and updates on their way to and from
             the server, records and their headers included.
-        peak_client_bytes: the largest client's allocator peak.
+        peak_client_bytes: the largest client's `peak_bytes`.
         seconds: wall time from the first message to the end of evaluation.
         clients: whose updates count.
         asked: who was to train.

@@ -140,7 +140,7 @@ class ClientUpdate:
         statistics: running means and variances of the trained norms, as they are.
         num_examples: examples in one local epoch.
         loss: mean training loss over the local epochs.
-        peak_bytes: allocator peak of a training step beyond the loaded model.
+        peak_bytes: as in `fleet.records.ClientReport`.
         seconds: wall time of the local update.
         metrics: further numbers for the record (temperature, resident memory, …).
     """

@@ -8,6 +8,33 @@ from typing import Any
 from fleet.errors import ConfigError
 from simulations.attacks import FORMS, read_attack
 
+# What a simulation is told beside a run's configuration: recipes name it among the
+# settings or in a table [simulation].
+OF_SIMULATION: Mapping[str, type] = {"engine": str, "attack": str, "hostile": float, "drop": float}
+
+
+def told_apart(
+    settings: Mapping[str, Any], simulation: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the run itself, and what only its simulation is told.
+
+    Args:
+        settings: of both kinds.
+        simulation: the table of that name.
+        where: both are, for the error.
+
+    Raises:
+        ConfigError: for a name that is in both.
+    """
+    own = {key: value for key, value in settings.items() if key not in OF_SIMULATION}
+    told = {key: value for key, value in settings.items() if key in OF_SIMULATION}
+    if twice := sorted(told.keys() & simulation.keys()):
+        raise ConfigError(
+            f"{where} has {twice[0]} = {told[twice[0]]!r} among its settings and "
+            f"{twice[0]} = {simulation[twice[0]]!r} in [simulation]; leave one of them out"
+        )
+    return own, told | dict(simulation)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adversity:

@@ -165,7 +165,6 @@ def measure(run: Run, data: str, seed: int) -> dict:
         "bytes_down": [report.bytes_down for report in rounds],
         "stepped": [report.stepped for report in rounds],
         "refused": [len(report.refused) for report in rounds],
-        "peak_client_bytes": max(report.peak_client_bytes for report in rounds),
         "commit": commit(),
     }
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from simulations.cells import Cell
 
+OnRound = Callable[[Cell, int, float | None], None]  # cell, round, its accuracy if it has one
+
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from simulations.cell_worker import main; main()"
@@ -47,7 +49,7 @@ def run_cells(
     folder: Path,
     jobs: int,
     keep_models: bool,
-    on_round: Callable[[Cell, int, float | None], None] = lambda cell, number, accuracy: None,
+    on_round: OnRound = lambda cell, number, accuracy: None,
 ) -> Iterator[Ended]:
     """Run cells, each as it comes up, and tell how each ended, in the order of ending.
 
@@ -98,7 +100,7 @@ class _Process:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self._dismissed = False
 
-    def run(self, cell: Cell, on_round: Callable[[Cell, int, float | None], None]) -> Ended:
+    def run(self, cell: Cell, on_round: OnRound) -> Ended:
         """Run one cell to its end."""
         if self._process is None:
             self._start()

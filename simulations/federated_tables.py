@@ -68,7 +68,6 @@ def bytes_table(cells: Cells) -> str:
                 f"{mean(r[0] for r in there):.1f}" if there else "–",
                 f"{mean(r[1] for r in there) / MIB:.1f}" if there else "–",
                 f"{min(factors):.0f} to {max(factors):.0f}" if factors else "–",
-                f"{max(cell['peak_client_bytes'] for cell in runs) / MIB:.0f}",
             )
         )
     return markdown(
@@ -83,7 +82,6 @@ def bytes_table(cells: Cells) -> str:
             "rounds until then",
             "MiB until then",
             "times fewer bytes",
-            "client peak MiB",
         ],
         rows,
     )

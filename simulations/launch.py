@@ -20,8 +20,8 @@ from fleet.report import write_page
 from simulations.adversity import Adversity
 from simulations.attacks import hostile_clients, read_attack
 from simulations.callbacks import Callback, Callbacks
+from simulations.checks import check_fleet
 from simulations.workers import read_workers
-from strategies.aggregation import check_cohort
 
 ENGINES = ("local", "flower")
 
@@ -78,7 +78,7 @@ def simulate(
         )
     adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
-    _check_fleet(config)
+    check_fleet(config)
     adversity.check_fleet(config.federation.clients, engine)
     if config.resume:
         record = RunRecord(Path(config.run_dir))
@@ -116,8 +116,7 @@ def simulate(
         watch.poll()
         if not config.state_dir:  # what clients remember is of use as long as the run goes on
             shutil.rmtree(record.path / SIMULATED_STATE, ignore_errors=True)
-    if table:
-        record.write_summary(record.summary() | table)
+    record.write_summary(record.summary() | table | {"engine": engine})
     followers.on_run_end(record.summary())
     return record
 
@@ -200,30 +199,6 @@ def _told_of_errors(record: RunRecord, watch: "_RoundWatch", followers: Callback
     except BaseException as error:
         followers.on_run_error(error)
         raise
-
-
-def _check_fleet(config: RunConfig) -> None:
-    """What is only wrong where the number of clients is known."""
-    federation = config.federation
-    for key, value in (
-        ("min-clients", federation.min_clients),
-        ("sampled", federation.sampled),
-        ("goal", federation.goal),
-        ("min-updates", federation.min_updates),
-        ("quorum", federation.quorum),
-    ):
-        if value > federation.clients:
-            raise ConfigError(
-                f"{key} is {value}, and the fleet has {federation.clients} clients; "
-                f"lower it, or raise clients"
-            )
-    if ":" not in federation.strategy:
-        check_cohort(federation.rule, {"clients": federation.clients})
-    if federation.evaluation == "clients" and config.data.validation_fraction == 0:
-        raise ConfigError(
-            "evaluation is left to the clients, and validation-fraction is 0; raise it, "
-            "or let the server evaluate"
-        )
 
 
 def _run_local(

@@ -20,31 +20,38 @@ A recipe is a TOML file or a mapping of the same form:
     server-learning-rate = 0.01
 
 Everything is optional. Names are those of `fleet simulate`; `codec` sets both links'.
+A table [simulation], as a run's config.toml has, counts as a part of [settings].
 """
 
 import csv
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fleet.config import Value, default_settings, describe_settings, read_config
+from fleet.config import (
+    Value,
+    closest_first,
+    default_settings,
+    describe_settings,
+    read_assignment,
+    read_config,
+    read_value,
+    unknown_setting,
+)
 from fleet.errors import ConfigError
-from simulations.adversity import Adversity
+from simulations.adversity import OF_SIMULATION, Adversity, told_apart
 from simulations.launch import ENGINES
 from strategies.algorithm import algorithm
 
-# What a run is told beside its configuration.
-_OF_SIMULATION: Mapping[str, type] = {"engine": str, "attack": str, "hostile": float, "drop": float}
 _BOTH = ("codec-up", "codec-down")  # what `codec` stands for
 _PLACED = {  # settings that a comparison gives itself
     "seed": "use seeds",
     "run-dir": "every run has a folder of its own below that of the comparison",
     "state-dir": "what clients remember lies with their run",
 }
-_KEYS = ("title", "seeds", "target", "columns", "within", "settings", "vary", "rows")
+_KEYS = ("title", "seeds", "target", "columns", "within", "settings", "simulation", "vary", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +111,7 @@ class Recipe:
         words = ([name] if name else []) + [f"{k}={_word(value)}" for k, value in varied.items()]
         name = ", ".join(words) or "as set"
         given = _both_links(self.settings) | _both_links(row) | _both_links(varied)
-        told = {key: given.pop(key) for key in _OF_SIMULATION if key in given}
+        told = {key: given.pop(key) for key in OF_SIMULATION if key in given}
         engine = told.pop("engine", "local")
         try:
             if engine not in ENGINES:
@@ -145,7 +152,12 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
     title = values.get("title", "Comparison")
     if not isinstance(title, str) or not title.strip():
         raise ConfigError(f"title must be text, got {title!r}")
-    settings, vary = (_table(values, key) for key in ("settings", "vary"))
+    settings, simulation, vary = (_table(values, key) for key in ("settings", "simulation", "vary"))
+    if others := sorted(simulation.keys() - OF_SIMULATION.keys()):
+        raise ConfigError(
+            f"[simulation] has {', '.join(others)}; known: {', '.join(OF_SIMULATION)}"
+        )
+    settings = {**(apart := told_apart(settings, simulation, "recipe"))[0], **apart[1]}
     axes = {key: _axis(key, choices) for key, choices in vary.items()}
     rows = tuple(_rows(values.get("rows", [])))
     for name, row in rows:
@@ -169,10 +181,11 @@ def parse_setting(text: str) -> tuple[str, Value]:
     """`rounds=5` of a command line.
 
     Raises:
-        ConfigError: for an unknown name, or a value of another type.
+        ConfigError: for an unknown name, or a value that is none.
     """
-    name, _, value = _assignment(text)
-    return name, _of_kind(name, value)
+    name, value = read_assignment(text)
+    _check_names("--set", {name: value})
+    return name, value
 
 
 def parse_axis(text: str) -> tuple[str, list[Value]]:
@@ -181,8 +194,12 @@ def parse_axis(text: str) -> tuple[str, list[Value]]:
     Raises:
         ConfigError: as `parse_setting`.
     """
-    name, _, value = _assignment(text)
-    return name, [_of_kind(name, each) for each in next(csv.reader([value], strict=True), [""])]
+    name, equals, written = (part.strip() for part in text.partition("="))
+    if not equals or not name:
+        raise ConfigError(f"--vary takes KEY=VALUE,VALUE, got {text!r}")
+    _check_names("--vary", {name: written})
+    values = next(csv.reader([written], strict=True), [""])
+    return name, [read_value(value, f"--vary {name}") for value in values]
 
 
 def parse_seeds(text: str) -> int | list[int]:
@@ -199,19 +216,16 @@ def parse_seeds(text: str) -> int | list[int]:
         ) from error
 
 
-def closest_first(word: str, known: Iterable[str]) -> list[str]:
-    """Names, those that look most like the word first."""
-    return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, word, name).ratio())
-
-
 def unknown(noun: str, word: Any, known: Iterable[str]) -> str:
     """What an error says of a name that there is not."""
+    if noun == "setting":
+        return unknown_setting(str(word), known)
     return f"unknown {noun} {word}; known: {', '.join(closest_first(str(word), known))}"
 
 
 def _names() -> list[str]:
     settings = [key for key, _, _ in describe_settings() if key not in _PLACED]
-    return [*settings, *_OF_SIMULATION, "codec"]
+    return [*settings, *OF_SIMULATION, "codec"]
 
 
 def _check_names(where: str, table: Mapping[str, Any]) -> None:
@@ -293,28 +307,6 @@ def _listed(noun: str, values: Any, known: Sequence[str]) -> tuple[str, ...]:
         if value not in known:
             raise ConfigError(unknown(noun, value, known))
     return tuple(dict.fromkeys(values))
-
-
-def _assignment(text: str) -> tuple[str, str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text} is no NAME=VALUE, such as rounds=5")
-    _check_names("command line", {name: value})
-    return name, equals, value
-
-
-def _of_kind(name: str, text: str) -> Value:
-    """What text means for a setting; one that will not do is for `read_config` to refuse."""
-    kinds = {key: kind for key, kind, _ in describe_settings()} | dict(_OF_SIMULATION)
-    kind = kinds.get(name, str)
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ConfigError(f"{name} must be true or false, got {text}")
-        return text == "true"
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} must be {kind.__name__}, got {text!r}") from error
 
 
 def _word(value: Value) -> str:

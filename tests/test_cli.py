@@ -166,6 +166,7 @@ def test_simulate_in_json_prints_nothing_else_on_standard_output(tmp_path):
         "strategy",
         "seed",
         "plan_digest",
+        "engine",
     }
 
 
@@ -182,11 +183,11 @@ def test_a_recipe_is_read_and_options_go_before_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("ruonds = 3", "unknown setting ruonds; known: augment"),
+        ("ruonds = 3", "unknown setting ruonds; known: rounds, "),
         ("rounds = 'three'", "rounds must be int, got 'three'"),
         ("rounds =", "is not TOML"),
         (b"data = '\xff'", "is not TOML: 'utf-8' codec can't decode byte 0xff"),
-        ("settings = 3", "unknown setting settings; known: augm"),
+        ("settings = 3", "unknown setting settings; known: "),
         (
             "rounds = 3\n[settings]\nseed = 1",
             "has rounds beside [settings]; move it into [settings], or remove the header",
@@ -244,6 +245,12 @@ def test_an_attacked_run_is_repeated_with_its_attack(tmp_path):
     [
         ("simulation = 3", "simulation must be a table, got 3"),
         ("[simulation]\nlag = 3", "[simulation] has lag; known: attack, hostile, drop"),
+        ('engine = "warp"', "unknown engine warp; known: local, flower"),
+        ("[settings]\nseed = 1\ndrop = 2", "drop must be a number in [0, 1), got 2"),
+        (
+            "drop = 0.1\n[simulation]\ndrop = 0.2",
+            "has drop = 0.1 among its settings and drop = 0.2 in [simulation]; leave one of them",
+        ),
         ("[simulation]\ndrop = 'all'", "drop must be a number in [0, 1), got 'all'"),
     ],
 )

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import click
 
-from fleet.cli.options import read_value
 from fleet.cli.until_signal import until_signal
-from fleet.config import NODE_SETTINGS, WEIGHTS, Value, budget
+from fleet.config import NODE_SETTINGS, WEIGHTS, Value, budget, read_assignment
 from fleet.errors import ConfigError
 
 
@@ -104,7 +103,7 @@ def command(
     if weights is not None:
         node["weights"] = weights
     for other in others:
-        key, value = read_value(other)
+        key, value = read_assignment(other)
         if key in node:
             raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
         node[key] = value

@@ -13,12 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fleet.cli.options import format_option
 from fleet.cli.simulate import find_modules_here
+from fleet.cli.stopping import exit_code, signals_stop
 from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
 
 _MANY = 10_000  # cells; more are asked about
+_UNBROKEN = 10_000  # characters of a line that goes to no terminal
 _NAME = 24  # characters of a row's name that a line has room for
 
 
@@ -60,7 +62,7 @@ def command(
     Runs that are there are not run again; the same command goes on where it was stopped.
     """
     find_modules_here()
-    from simulations.comparing import compare, load_recipe
+    from simulations.compare import compare, load_recipe
     from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
     values: dict[str, Any] = read_toml(recipe) if recipe else {}
@@ -72,11 +74,16 @@ def command(
     if target is not None:
         values["target"] = target
     if columns is not None:
-        values["columns"] = columns.split(",")
+        values["columns"] = [name.strip() for name in columns.split(",") if name.strip()]
+        if not values["columns"]:
+            raise ConfigError(
+                f"--columns names none, got {columns!r}; name some, as accuracy,bytes-up, or leave "
+                f"it out for all"
+            )
     asked = load_recipe(values)
     _ask(asked.num_cells, yes)
     try:
-        with _progress(asked.num_cells) as (on_cell, on_round, note):
+        with signals_stop(), _progress(asked.num_cells) as (on_cell, on_round, note):
             comparison = compare(
                 asked,
                 out,
@@ -86,14 +93,18 @@ def command(
                 on_round=on_round,
                 on_note=note,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(exit_code(stopped)) from None
     if output_format == "json":
         click.echo(to_json(comparison.cells(), indent=2))
     else:
-        console = Console()
-        console.print(as_text(_fitting(comparison.table(), console)))
+        console, table = Console(), comparison.table()
+        if console.is_terminal:
+            table = _fitting(table, console)
+        else:  # a file or another program takes lines of any length
+            console = Console(width=_UNBROKEN)
+        console.print(as_text(table))
         for row in comparison.rows:
             for seed, (reason, _) in sorted(row.failed.items()):
                 text = f"failed: {row.variant.name}, seed {seed}: {reason}"
@@ -127,21 +138,17 @@ def _ask(cells: int, yes: bool) -> None:
     if cells <= _MANY or yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(f"this is {cells:,} runs; with --yes they are run, all of them")
-    click.confirm(f"This is {cells:,} runs. Run them all?", abort=True)
+        raise ConfigError(
+            f"this is {cells:,} runs, more than {_MANY:,}; with --yes they are run, all of them"
+        )
+    click.confirm(f"This is {cells:,} runs, more than {_MANY:,}. Run them all?", abort=True)
 
 
 @contextlib.contextmanager
 def _progress(
     cells: int,
-) -> Iterator[
-    tuple[
-        Callable[[str, int, int, int, str], None],
-        Callable[[Any, int, float | None], None],
-        Callable[[str], None],
-    ]
-]:
-    """Callbacks that show a comparison while it goes on, on standard error."""
+) -> Iterator[tuple[Callable[..., None], Callable[..., None], Callable[[str], None]]]:
+    """`on_cell`, `on_round` and `on_note` of `compare`, which show it on standard error."""
     console = Console(stderr=True)
     plain = not console.is_terminal or console.is_dumb_terminal
 

@@ -9,11 +9,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fleet.cli.options import format_option, read_value, server_folder_option
+from fleet.cli.options import format_option, server_folder_option
 from fleet.cli.progress import show_progress
 from fleet.cli.report import show_run
 from fleet.cli.simulate import setting_options
-from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config
+from fleet.config import (
+    WEIGHTS,
+    RunConfig,
+    Value,
+    default_settings,
+    read_assignment,
+    read_config,
+)
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
 
@@ -70,7 +77,7 @@ def command(
     server = ServerFolder(folder)
     wishes = Wishes(server.runs_path.absolute())
     settings = {k.replace("_", "-"): v for k, v in options.items() if v is not None}
-    settings |= dict(map(read_value, assignments))
+    settings |= dict(map(read_assignment, assignments))
     given = {"--resume": resumed, "--stop": stopped, "--list": listed, "--name": name}
     _check_one_wish(given, settings)
     if listed:

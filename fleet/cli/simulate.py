@@ -43,7 +43,7 @@ def setting_options(command: Callable) -> Callable:
     help="Folder of a run that was ended: it goes on, with more --rounds if you like.",
 )
 @setting_options
-@click.option("--engine", default="local", help="local (in this process) or flower (Ray).")
+@click.option("--engine", help='local (in this process) or flower (Ray). [default: "local"]')
 @click.option(
     "--workers",
     default="1",
@@ -65,7 +65,7 @@ def setting_options(command: Callable) -> Callable:
 def command(
     recipe: Path | None,
     interrupted: Path | None,
-    engine: str,
+    engine: str | None,
     workers: str,
     attack: str | None,
     hostile: float | None,
@@ -93,6 +93,8 @@ def command(
     given = {"attack": attack, "hostile": hostile, "drop": drop}
     adversity |= {key: value for key, value in given.items() if value is not None}
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
+    in_recipe = adversity.pop("engine", "local")
+    engine = in_recipe if engine is None else engine
     config = read_config(default_settings() | settings)
     # Named here, so that an interrupted run can say where it is.
     record = RunRecord(Path(config.run_dir)) if interrupted else RunRecord.reserve(config.run_dir)
@@ -149,8 +151,10 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     simulation = values.pop("simulation", {})
     if not isinstance(simulation, dict):
         raise ConfigError(f"recipe {path}: simulation must be a table, got {simulation!r}")
+    from simulations.adversity import told_apart
+
     if not isinstance(values.get("settings"), dict):
-        return values, simulation
+        return told_apart(values, simulation, f"recipe {path}")
     if others := values.keys() - {"settings", "versions", "machine"}:
         raise ConfigError(
             f"recipe {path} has {', '.join(sorted(others))} beside [settings]; "
@@ -159,4 +163,4 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # A run's own directory is taken: by that run.
     own = ("run-dir", "resume")
     settings = {key: value for key, value in values["settings"].items() if key not in own}
-    return settings, simulation
+    return told_apart(settings, simulation, f"recipe {path}")

@@ -35,13 +35,17 @@ def stopping(record: RunRecord, again: str) -> Iterator[None]:
         again: options that the run's config.toml does not hold, for the command that
             goes on with it.
     """
-    with _signals_stop():
+    with signals_stop():
         try:
             yield
         except KeyboardInterrupt as stopped:
             click.echo(_what_is_left(record, again), err=True)
-            number = getattr(stopped, "number", signal.SIGINT)
-            raise click.exceptions.Exit(128 + number) from None
+            raise click.exceptions.Exit(exit_code(stopped)) from None
+
+
+def exit_code(stopped: KeyboardInterrupt) -> int:
+    """The shell's code for the signal that stopped a command."""
+    return 128 + getattr(stopped, "number", signal.SIGINT)
 
 
 def _what_is_left(record: RunRecord, again: str) -> str:
@@ -60,7 +64,7 @@ def _what_is_left(record: RunRecord, again: str) -> str:
 
 
 @contextlib.contextmanager
-def _signals_stop() -> Iterator[None]:
+def signals_stop() -> Iterator[None]:
     """Raise `Stopped` at the first signal; end this process and all its children at the next."""
     if threading.current_thread() is not threading.main_thread():
         yield

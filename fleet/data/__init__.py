@@ -4,7 +4,7 @@ from fleet.data.augment import view_of
 from fleet.data.batches import ImageBatches, batch_positions, to_tensor, visiting_order
 from fleet.data.datasets import of_dataset
 from fleet.data.images import ImageData
-from fleet.data.partitions import partition
+from fleet.data.partitions import check_partition, partition
 from fleet.data.sources import BUILT_IN, check_source, load_data, load_device_data
 from fleet.data.splits import split_validation
 
@@ -13,6 +13,7 @@ __all__ = [
     "ImageBatches",
     "ImageData",
     "batch_positions",
+    "check_partition",
     "check_source",
     "load_data",
     "load_device_data",

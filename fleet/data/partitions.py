@@ -45,13 +45,32 @@ def partition(
             f"{len(labels)} examples cannot be dealt out to {num_partitions} clients; "
             f"use fewer clients or more examples"
         )
-    kind, _, value = spec.partition(":")
-    if kind == "iid" and spec == "iid":
+    kind, number = _read(spec)
+    if kind == "iid":
         return _iid(labels, num_partitions, seed)
     if kind == "dirichlet":
-        return _dirichlet(labels, _number(spec, value, float), num_partitions, seed)
+        return _dirichlet(labels, number, num_partitions, seed)
+    return _classes(labels, number, num_partitions, seed)
+
+
+def check_partition(spec: str) -> None:
+    """Refuse what is of no known form, whatever the data.
+
+    Raises:
+        ConfigError: naming the forms.
+    """
+    _read(spec)
+
+
+def _read(spec: str) -> tuple[str, Any]:
+    """The kind of a partition and its number; iid has none."""
+    kind, _, value = spec.partition(":")
+    if spec == "iid":
+        return kind, None
+    if kind == "dirichlet":
+        return kind, _number(spec, value, float)
     if kind == "classes":
-        return _classes(labels, _number(spec, value, int), num_partitions, seed)
+        return kind, _number(spec, value, int)
     raise ConfigError(f"partition {spec!r} is unknown; known: {FORMS}")
 
 

@@ -81,6 +81,30 @@ class FeatureSource:
                 labels = torch.from_numpy(self._data.labels[positions])
                 yield self._batch(positions, views, cache), labels.to(self._device)
 
+    @property
+    def caches(self) -> bool:
+        """Whether features are kept."""
+        config = self._config
+        return config is not None and config.cache != "off" and self._model.freezes_blocks
+
+    def make_blank(self, length: int) -> None:
+        """Make a couple of blank images' features, the way that missing ones take in a batch.
+
+        What a batch takes in memory of which the cache holds nothing is measured so;
+        nothing is kept of it. Only where `caches`.
+
+        Args:
+            length: images in the batch.
+        """
+        size = self._preprocessing.image_size
+        with self._open_cache() as cache:
+            x, found = cache.read([bytes(16)] * length)
+            x = x.to(self._device)
+            rows = np.flatnonzero(~found.numpy())[:MICRO_BATCH]
+            images = torch.zeros(len(rows), 3, size, size)
+            images = images.to(self._device, memory_format=torch.channels_last)
+            x[rows] = cache.round_trip(self._model.features(images))
+
     def _batch(
         self, positions: np.ndarray, views: np.ndarray, cache: FeatureCache | None
     ) -> Tensor:
@@ -91,12 +115,13 @@ class FeatureSource:
         ids = [self._row_id(int(position), int(views[position])) for position in positions]
         x, found = cache.read(ids)
         x = x.to(self._device)
-        missing = (~found).nonzero()[:, 0].numpy()
+        missing = np.flatnonzero(~found.numpy())
         for part in chunks(len(missing), MICRO_BATCH):
             rows = missing[part]
             made = self._model.features(self._images(positions[rows], views))
             cache.write([ids[row] for row in rows], made)
             x[rows] = cache.round_trip(made)
+            del made  # before the next are
         self._read.clear()
         return x
 
@@ -133,9 +158,9 @@ class FeatureSource:
         return self._identities[position]
 
     def _open_cache(self) -> FeatureCache | nullcontext[None]:
-        config = self._config
-        if config is None or config.cache == "off" or not self._model.freezes_blocks:
+        if not self.caches:
             return nullcontext()
+        config = self._config
         shape = self._model.features_shape(self._preprocessing.image_size)
         limit = round(config.cache_mib * 2**20)
         return FeatureCache(cache_directory(config), self._key, shape, config.cache, limit)

@@ -223,7 +223,10 @@ def _caption(lines: Sequence[Line], curves: dict[int, Curve]) -> str:
     seeds = max((len(lines[number].runs) for number in curves), default=0)
     words = []
     if seeds > 1:
-        words.append("Line: mean over seeds. Band: from the lowest to the highest seed.")
+        words.append(
+            "Line: mean over seeds. Band: from the lowest to the highest seed, not the "
+            "table's 95 % interval."
+        )
     if len(lines) > MOST_TOGETHER:
         words.append("Each row stands out once; grey: all others.")
     if missing := [line.name for n, line in enumerate(lines) if n not in curves]:

@@ -54,9 +54,11 @@ def by_memory(lines: Sequence[Line]) -> Picture | None:
     return Picture(
         "accuracy-by-memory",
         "Accuracy by peak device memory",
-        "Filled and joined: the Pareto front, that no row beats in both. Memory: the largest peak "
-        "of a training step on any client, beyond model and batch. Upright lines: lowest to "
-        "highest seed." + ("" if named else " " + _key(points)),
+        "Filled and joined: the Pareto front, that no row beats in both. Memory, of the largest "
+        "client: the most that PyTorch allocates at once, beyond the loaded model, in a training "
+        "step whose images no cache holds yet; batch and momentum are among it. Upright lines: "
+        "lowest to highest seed, not the table's 95 % interval."
+        + ("" if named else " " + _key(points)),
         "Pareto front: "
         + "; ".join(_words(points[i], size, unit) for i in front)
         + ". Others: "
@@ -128,7 +130,8 @@ def _draw(points: Sequence[Point], front: Sequence[int], size: float, unit: str)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     many = len(points) > MOST_TOGETHER
     names = [str(i + 1) if many else shortened(p.name, _LABEL) for i, p in enumerate(points)]
-    _label(figure, axes, list(zip(x, y, strict=True)), names, front)
+    bars = [(at, *p.accuracy[1:]) for at, p in zip(x, points, strict=True)]
+    _label(figure, axes, list(zip(x, y, strict=True)), names, front, bars)
     return figure
 
 
@@ -138,6 +141,7 @@ def _label(
     points: Sequence[tuple[float, float]],
     names: Sequence[str],
     front: Sequence[int],
+    bars: Sequence[tuple[float, float, float]],
 ) -> None:
     """A name beside each point, where it lies over no point, no other name, no line and no edge.
 
@@ -162,6 +166,9 @@ def _label(
     for (left, low), (right, high) in pairwise(centres[i] for i in front):  # the front's steps
         taken.append(Bbox.from_extents(left, low - scale, right, low + scale))
         taken.append(Bbox.from_extents(right - scale, low, right + scale, high))
+    for at, lowest, highest in bars:  # upright, over the seeds
+        (across, low), (_, high) = axes.transData.transform([(at, lowest), (at, highest)])
+        taken.append(Bbox.from_extents(across - 1.5 * scale, low, across + 1.5 * scale, high))
     for text, centre in zip(texts, centres, strict=True):
         box = text.get_window_extent()
         width, height = box.width / scale, box.height / scale

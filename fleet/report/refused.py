@@ -1,5 +1,6 @@
 """Who was refused, and why."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +22,7 @@ _MOST_ROWS = 50  # of the table
 _MOST_KINDS = 5  # colours; the rest is drawn as one
 _MOST_MARKS = 1500  # beyond, the marks are a bitmap inside the picture
 _LABEL = 18  # characters of a name
-_REASON = 54  # of a reason
+_REASON = 54  # of a line of a reason, which has two
 _WORDS = 300  # of a reason in the table
 _OTHER = "other reasons"
 
@@ -37,7 +38,7 @@ def refusals_by_round(history: History) -> Picture | None:
     kinds = _kinds(kind_of(why) for _, _, why in history.refused)
     place = {name: number for number, name in enumerate(clients)}
     with styled():
-        figure = new_figure(0.9 + 0.2 * len(clients) + 0.19 * len(kinds))
+        figure = new_figure(0.9 + 0.2 * len(clients) + 0.19 * _lines(kinds))
         axes = figure.subplots()
         plain_axes(axes)
         for number, kind in enumerate(kinds):
@@ -85,7 +86,7 @@ def refusals_by_row(lines: Sequence[Line]) -> Picture | None:
         for count, all_ in zip(counts, asked, strict=True)
     ]
     with styled():
-        figure = new_figure(0.9 + 0.26 * len(lines) + 0.19 * len(kinds))
+        figure = new_figure(0.9 + 0.26 * len(lines) + 0.19 * _lines(kinds))
         axes = figure.subplots()
         plain_axes(axes, grid="x")
         left = [0.0] * len(lines)
@@ -165,7 +166,7 @@ def _legend(figure, handles, kinds: Sequence[str]) -> None:
     figure.legend(
         handles,
         # Matplotlib leaves out what begins with an underscore.
-        [shortened(kind, _REASON).replace("_", " _", kind[:1] == "_") for kind in kinds],
+        [_wrapped(kind).replace("_", " _", kind[:1] == "_") for kind in kinds],
         loc="outside lower left",
         frameon=False,
         handlelength=1.2,
@@ -173,6 +174,17 @@ def _legend(figure, handles, kinds: Sequence[str]) -> None:
         labelspacing=0.3,
         borderpad=0.2,
     )
+
+
+def _wrapped(kind: str) -> str:
+    """A reason in up to two lines, cut between words."""
+    kind = "".join(c if c.isprintable() or c.isspace() else "�" for c in kind)
+    return textwrap.fill(kind, _REASON, max_lines=2, placeholder=" …", break_on_hyphens=False)
+
+
+def _lines(kinds: Sequence[str]) -> int:
+    """Of a legend."""
+    return sum(1 + _wrapped(kind).count("\n") for kind in kinds)
 
 
 def _counted(history: History) -> str:

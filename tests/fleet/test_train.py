@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fleet.backbones import load_backbone
-from fleet.config import LocalConfig
+from fleet.config import FeatureConfig, LocalConfig
 from fleet.data import ImageBatches, load_data, visiting_order
 from fleet.errors import ConfigError, UpdateError
 from fleet.evaluation import evaluate
@@ -253,6 +253,32 @@ def test_peak_has_the_targets_of_a_proximal_term_in_it(make_model, digits, epoch
     sizes = [p.nbytes for p in model.trainable_parameters()]
     # And, while a parameter steps, its direction.
     assert sum(sizes) <= peaks[True] - peaks[False] <= sum(sizes) + max(sizes)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize(("method", "number"), [("head", 40), ("head", 3), ("mobiletl", 40)])
+def test_peak_does_not_depend_on_what_is_cached(
+    random_backbone, digits, tmp_path, precision, method, number
+):
+    backbone = random_backbone("mobilenet_v3_small", num_classes=10, image_size=32)
+    plan = make_plan(backbone, method=method, blocks=10)  # `mobiletl`: all but the lowest
+    features = FeatureConfig(
+        cache=precision, cache_mib=64.0, cache_dir=str(tmp_path), augmentation="none", views=1
+    )
+
+    def peak(model):
+        data, preprocessing = digits.subset(range(number)), backbone.preprocessing
+        return train_locally(model, data, preprocessing, config(), 0, features).peak_bytes
+
+    model = TransferModel(backbone, plan)
+    cold, warm = peak(model), peak(model)
+    assert warm == cold
+    assert peak(TransferModel(backbone, plan)) == cold  # as in another process
+
+    # Independently: the frozen part on a couple of images is most of it, at least.
+    with allocator_peak() as prefix:
+        model.features(torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert cold >= prefix.bytes
 
 
 def test_the_stronger_the_pull_the_nearer_training_stays(make_model, digits):

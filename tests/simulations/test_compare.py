@@ -3,11 +3,11 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,8 +17,9 @@ from fleet.cli import main
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import compare
-from simulations.cells import SHOWS, deciding_files, key_of
-from simulations.comparing import load_recipe
+from simulations.cells import key_of
+from simulations.compare import load_recipe
+from simulations.comparison import COLUMNS
 from tests.commands import FLEET
 from tests.runs import SMALL
 
@@ -114,6 +115,22 @@ def test_nothing_is_run_again_and_the_files_are_the_same(first, copy):
     assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
 
 
+def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
+    recipe = RECIPE | {"seeds": [1], "vary": {"codec": ["int8"]}}
+    comparison, ran, notes = again(copy, recipe, keep_models=True)
+    assert [seed for _, seed, *_ in ran] == [1]
+    assert notes == [
+        "1 of 1 runs are there without their models; they are run again, as --keep-models asks "
+        "for them"
+    ]
+    record, _ = comparison.rows[0].runs[1]
+    assert record.model_path.is_file()
+    before = RunRecord(first[0].folder / "runs" / record.path.name).rounds()
+    assert [r.accuracy for r in record.rounds()] == [r.accuracy for r in before]
+    _, ran, notes = again(copy, recipe, keep_models=True)
+    assert ran == [] and notes == ["1 of 1 runs are there already"]
+
+
 def test_a_further_seed_runs_alone(copy):
     comparison, ran, _ = again(copy, RECIPE | {"seeds": 3, "vary": {"codec": ["int8"]}})
     assert [(name, seed) for name, seed, *_ in ran] == [("codec=int8", 2)]
@@ -184,7 +201,7 @@ def sweep(tmp_path):
         process.stderr.close()
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_ctrl_c_ends_it(sweep, tmp_path):
+def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(sweep, tmp_path):
     process, runs = sweep(), tmp_path / "out" / "runs"
     assert "1 of 3: as set, seed 0" in process.stderr.readline()
     os.kill(process.pid, signal.SIGKILL)
@@ -194,22 +211,48 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_ctrl_c_ends_it(swee
         time.sleep(0.1)  # its worker notices, and clears up
     assert len(list(runs.iterdir())) == 1
 
-    process = sweep()
-    assert "1 of 3 runs are there already" in process.stderr.readline()
-    assert "2 of 3: as set, seed 1" in process.stderr.readline()
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert workers
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) == 130
-    assert not [worker for worker in workers if worker.is_running()]
-    said = process.stderr.read()
-    assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
-    assert "Traceback" not in said
-    assert len(list(runs.iterdir())) == 2
+    for done, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+        process = sweep()
+        assert f"{done} of 3 runs are there already" in process.stderr.readline()
+        if done == 1:
+            assert "2 of 3: as set, seed 1" in process.stderr.readline()
+        while not (workers := psutil.Process(process.pid).children(recursive=True)):
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=300) == 128 + number
+        assert not [worker for worker in workers if worker.is_running()]
+        said = process.stderr.read()
+        assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
+        assert "Traceback" not in said
+        assert len(list(runs.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("partition", "dirichlet:x", "'dirichlet:x' needs alpha, a number above 0, got 'x'; known"),
+        ("partition", "foo", "partition 'foo' is unknown; known: iid"),
+        ("data", "nope", "data 'nope' is neither a known name nor a path here; known: digits"),
+        ("weights", "nope.pth", "no weights file nope.pth; name a .safetensors or .pth file"),
+        ("backbone", "nope", "unknown backbone nope; examples: efficientnet_lite0"),
+        ("method", "foo", "unknown method foo; known: mobiletl"),
+        ("blocks", "99", "blocks is 99, efficientnet_lite0 has 16; choose 0 to 16"),
+        ("sampled", 7, "sampled is 7, and the fleet has 2 clients"),
+    ],
+)
+def test_a_typo_is_found_before_any_cell_runs(tmp_path, key, value, why):
+    recipe = {
+        "settings": SMALL | {"method": "mobiletl"},
+        "rows": [{"name": "good"}, {"name": "bad", key: value}],
+    }
+    with pytest.raises(ConfigError, match=re.escape(why)) as error:
+        again(tmp_path / "out", recipe)
+    assert str(error.value).startswith("row bad: ") and "\n" not in str(error.value)
+    assert not [*(tmp_path / "out").glob("runs/*")]
 
 
 def test_two_comparisons_in_one_folder_are_refused(tmp_path):
-    from simulations.comparing import _alone_in
+    from simulations.compare import _alone_in
 
     with _alone_in(tmp_path / "out"), pytest.raises(ConfigError, match="another comparison is run"):
         compare(RECIPE, tmp_path / "out")
@@ -233,21 +276,14 @@ def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
     assert key() == others[-1]
 
 
-def test_what_shows_results_is_there_and_what_makes_them_decides():
-    root = Path(__file__).parents[2]
-    deciding = {path.relative_to(root).as_posix() for path in deciding_files()}
-    for name in ("fleet/train.py", "strategies/gate.py", "clients/local_update.py"):
-        assert name in deciding
-    for start in SHOWS:
-        assert list(root.glob(f"{start}*")), start  # renamed or removed, it would count again
-        assert not any(name.startswith(start) for name in deciding)
-
-
 def test_more_than_ten_thousand_runs_are_asked_about(tmp_path):
     options = ["compare", "--out", str(tmp_path / "out"), "--seeds", "10001"]
     result = CliRunner().invoke(main, options)
     assert result.exit_code == 1
-    assert "this is 10,001 runs; with --yes they are run, all of them" in result.output
+    assert (
+        "this is 10,001 runs, more than 10,000; with --yes they are run, all of them"
+        in result.output
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -260,3 +296,19 @@ def test_the_command_prints_table_and_failures(copy, tmp_path):
     assert "codec=int8" in result.output and "MiB up" in result.output
     as_json = CliRunner().invoke(main, [*options, "--format", "json"])
     assert len(json.loads(as_json.stdout)) == 4
+
+
+def test_a_table_that_goes_to_no_terminal_has_every_column_in_a_line(copy):
+    options = ["compare", "--out", str(copy), "--seeds", "2", "--vary", "codec=float32,int8"]
+    options += [f"--set={key}={value}" for key, value in SMALL.items()]
+    said = CliRunner().invoke(main, options).stdout
+    (head,) = [line for line in said.splitlines() if line.startswith("row ")]
+    assert all(column.heading in head for column in COLUMNS.values())
+    (small,) = [line for line in said.splitlines() if line.startswith("codec=int8 ")]
+    assert small.count("±") == len(COLUMNS) + 1 and "more columns" not in said
+
+
+def test_columns_that_name_none_are_refused(tmp_path):
+    result = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), "--columns", ""])
+    assert result.exit_code == 1
+    assert "--columns names none, got ''; name some, as accuracy,bytes-up, or" in result.output

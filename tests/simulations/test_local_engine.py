@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,20 +198,3 @@ def test_a_pushed_message_whose_reply_is_lost_has_an_id_all_the_same():
     ids = list(grid.push_messages(questions(grid)))
     assert len(set(ids)) == 3
     assert numbers(grid.pull_messages(ids)) == [1, 2]
-
-
-def test_flowers_own_apps_do_not_wait_for_what_only_runs_of_ours_need():
-    program = """
-import sys
-from simulations.local_engine import run_local
-print(*sorted(n for n in sys.modules if n in ("simulations.launch", "simulations.comparing")))
-import simulations
-print(simulations.simulate.__module__, simulations.compare.__module__)
-print({name for name in simulations.__all__ if not callable(getattr(simulations, name))})
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.splitlines() == ["", "simulations.launch simulations.comparing", "set()"]
-    with pytest.raises(ImportError, match="cannot import name 'simulat'"):
-        from simulations import simulat  # noqa: F401

@@ -3,7 +3,7 @@
 import pytest
 
 from fleet.errors import ConfigError
-from simulations.comparing import load_recipe
+from simulations.compare import load_recipe
 from simulations.comparison import COLUMNS
 from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
@@ -34,6 +34,8 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
     (one,) = recipe(settings={"attack": "sign_flip:10", "hostile": 0.2}).variants()
     assert one.adversity == {"attack": "sign_flip:10", "hostile": 0.2}
     assert not {"attack", "seed", "run-dir"} & one.settings.keys()
+    (same,) = recipe(simulation={"attack": "sign_flip:10", "hostile": 0.2}).variants()
+    assert same == one
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,15 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
         ({"rounds": 3}, "unknown key rounds; .*rounds goes below \\[settings\\]"),
         ({"settings": {"ruonds": 3}}, "settings: unknown setting ruonds; known: rounds, "),
         ({"vary": {"strategie": ["fedavg"]}}, "vary: unknown setting strategie; known: strategy"),
+        (
+            {"settings": {"ruonds": 3}},
+            "known: rounds, [a-z-]+, [a-z-]+ and [0-9]+ more, which fleet simulate --help lists",
+        ),
+        ({"simulation": {"lag": 3}}, r"\[simulation\] has lag; known: engine, attack, hostile"),
+        (
+            {"settings": {"drop": 0.1}, "simulation": {"drop": 0.2}},
+            r"recipe has drop = 0\.1 among its settings and drop = 0\.2 in \[simulation\]",
+        ),
         ({"settings": {"seed": 3}}, "settings: a comparison has no seed; use seeds"),
         ({"columns": ["acuracy"]}, "unknown column acuracy; known: accuracy, "),
         ({"within": ["partitoin"]}, "unknown setting partitoin; known: partition, "),
@@ -69,6 +80,8 @@ def test_a_recipe_that_will_not_do_is_refused_with_the_way_out(values, text):
     ("settings", "text"),
     [
         ({"strategy": "fedmagic"}, "row as set: unknown strategy fedmagic; known: fedavg, "),
+        (dict([parse_setting("rounds=many")]), "row as set: rounds must be int, got 'many'"),
+        (dict([parse_setting("head-start=yes")]), "row as set: head-start must be bool, got 'yes'"),
         ({"codec": "int5"}, "row as set: .*int5.*known"),
         ({"rule": "meen"}, "row as set: .*meen"),
         ({"engine": "warp"}, "row as set: unknown engine warp; known: "),
@@ -94,7 +107,10 @@ def test_a_file_that_cannot_be_read_or_is_no_toml_is_named(tmp_path):
 def test_the_command_lines_words():
     assert parse_setting("rounds=5") == ("rounds", 5)
     assert parse_setting("head-start=true") == ("head-start", True)
-    assert parse_axis('blocks="1,3,5",5') == ("blocks", ["1,3,5", "5"])
+    assert parse_axis('blocks="1,3,5",5') == ("blocks", ["1,3,5", 5])
+    assert parse_setting('data="my folder"') == ("data", "my folder")
+    (one,) = recipe(settings=dict([parse_setting("blocks=3")])).variants()
+    assert one.settings["blocks"] == "3"
     assert parse_axis("learning-rate=0.1,0.01") == ("learning-rate", [0.1, 0.01])
     assert parse_seeds("3") == 3
     assert parse_seeds("0,4,7") == [0, 4, 7]
@@ -103,9 +119,9 @@ def test_the_command_lines_words():
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (parse_setting, "rounds", "rounds is no NAME=VALUE, such as rounds=5"),
-        (parse_setting, "rounds=many", "rounds must be int, got 'many'"),
-        (parse_setting, "head-start=yes", "head-start must be true or false, got yes"),
+        (parse_setting, "rounds", "--set takes KEY=VALUE, got 'rounds'"),
+        (parse_axis, "rounds", "--vary takes KEY=VALUE,VALUE, got 'rounds'"),
+        (parse_axis, "blocks=[1]", r"--vary blocks takes text, a number, .*; got \[1\]"),
         (parse_setting, "ruonds=5", "unknown setting ruonds; known: rounds, "),
         (parse_seeds, "three", "seeds must be how many, such as 3, or which, .*; got three"),
     ],

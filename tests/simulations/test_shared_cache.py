@@ -6,6 +6,7 @@ import pytest
 
 from fleet.mobiletl import TransferModel
 from simulations.launch import simulate
+from tests.runs import SMALL
 
 
 @pytest.fixture
@@ -56,3 +57,16 @@ def test_the_frozen_part_sees_each_image_of_the_fleet_once(frozen_runs, tmp_path
     runs = frozen_runs()
     assert len(runs) > 100
     assert set(runs.values()) == {1}
+
+
+def test_client_memory_does_not_depend_on_what_an_earlier_run_cached(tmp_path):
+    """Nor on which of the clients that share the cache came first."""
+
+    def peaks(run):
+        settings = SMALL | {"cache-dir": str(tmp_path / "cache"), "run-dir": str(tmp_path / run)}
+        rounds = list(simulate(settings).rounds())
+        return [client.peak_bytes for report in rounds for client in report.clients]
+
+    cold, warm = peaks("cold"), peaks("warm")
+    assert cold == warm
+    assert len(cold) == 4 and len(set(cold)) == 1  # every client, in every round

@@ -27,6 +27,7 @@ from fleet.report.history import (
 )
 from fleet.report.memory import by_memory, pareto_front
 from fleet.report.pictures import NAMES, comparison_pictures, run_pictures
+from fleet.report.refused import refusals_by_round
 from fleet.report.rows import Row
 
 MIB = 2**20
@@ -172,6 +173,33 @@ def test_a_name_in_the_memory_picture_lies_on_no_line_of_the_front():
         box = text.get_window_extent()
         assert not (box.y0 < low < box.y1 and box.x1 > left and box.x0 < right), text.get_text()
         assert not (box.x0 < right < box.x1 and box.y1 > low and box.y0 < high), text.get_text()
+
+
+def test_a_name_in_the_memory_picture_is_crossed_by_no_error_bar():
+    lines = [
+        Line(name, [History([1], [accuracy + off], [1], 1, peak) for off in (-15, 15)])
+        for name, accuracy, peak in (("head", 60, 5e6), ("shifts", 62, 5.6e6), ("full", 70, 9e6))
+    ]
+    axes = by_memory(lines).figure.axes[0]
+    bars = [axes.transData.transform(bar) for bar in axes.collections[0].get_segments()]
+    assert len(bars) == 3
+    for text in axes.texts:
+        box = text.get_window_extent()
+        for (x, low), (_, high) in bars:
+            crossed = box.x0 < x < box.x1 and box.y0 < high and box.y1 > low
+            assert not crossed, text.get_text()
+
+
+@pytest.mark.parametrize("words", [12, 60])
+def test_a_reason_in_the_picture_of_refusals_is_cut_between_words(words):
+    reason = " ".join(f"word{'abc'[i % 3]}" for i in range(words))
+    history = History([1], [50.0], [1], 1, refused=[(1, "pi-1", reason)])
+    (legend,) = refusals_by_round(history).figure.legends
+    shown = legend.texts[0].get_text()
+    assert shown.count("\n") == 1
+    ours = shown.split()
+    assert ours == reason.split() if words == 12 else ours[-1] == "…"
+    assert ours[:-1] == reason.split()[: len(ours) - 1]
 
 
 def test_the_same_run_gives_the_same_bytes(rows):

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fleet.config import read_toml
-from fleet.errors import ConfigError
+from fleet.config import default_settings, read_config, read_toml
+from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
-from simulations.cell_pool import run_cells
+from simulations.cell_pool import OnRound, run_cells
 from simulations.cells import Cell, CellFolders
+from simulations.checks import check_settings
 from simulations.comparison import COLUMNS, ComparedRow, Comparison
-from simulations.recipe import Recipe, recipe_of
+from simulations.recipe import Recipe, Variant, recipe_of
 
 RUNS = "runs"
+
+# Row, seed, how many cells are done, of how many, and why it failed; empty: it did not.
+OnCell = Callable[[str, int, int, int, str], None]
 
 
 def compare(
@@ -23,8 +27,8 @@ def compare(
     *,
     jobs: int = 1,
     keep_models: bool = False,
-    on_cell: Callable[[str, int, int, int, str], None] = lambda *_: None,
-    on_round: Callable[[Cell, int, float | None], None] = lambda *_: None,
+    on_cell: OnCell = lambda *_: None,
+    on_round: OnRound = lambda *_: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Run what a recipe asks for and is not there yet, and write tables, pictures and a page.
@@ -37,9 +41,9 @@ def compare(
         recipe: a TOML file, or a mapping of the same form (see `simulations.recipe`).
         out: folder of the comparison; runs lie in its `runs`.
         jobs: cells that run at once, each in a process of its own with one thread.
-        keep_models: keep every run's model and page, which take room.
-        on_cell: is told, as each new run ends, the row, the seed, how many cells are done,
-            of how many, and why it failed (empty: it did not).
+        keep_models: keep every run's model and page, which take room; runs that are
+            there without them are run again.
+        on_cell: is told of each new run as it ends.
         on_round: is told of rounds as they end, by another thread.
         on_note: is told what else the user should know.
 
@@ -56,19 +60,29 @@ def compare(
         folders = CellFolders(folder / RUNS)
         folders.clear()
         rows = [ComparedRow(variant) for variant in variants]
+        bare = 0  # runs that are there without a model that is wanted
         waiting: dict[str, list[tuple[ComparedRow, Cell]]] = {}  # rows may share a run
         for row in rows:
             for seed in asked.seeds:
                 cell = Cell.of(row.variant, seed)
                 measured = _measured(folders, cell, on_note)
+                if measured and keep_models and not folders.has_model(cell):
+                    bare, measured = bare + 1, None
                 if measured is None:
                     waiting.setdefault(cell.key, []).append((row, cell))
                 else:
                     row.runs[seed] = RunRecord(folders.path(cell)), measured
+            if len(row.runs) < len(asked.seeds):
+                _check(row.variant)
         total = len(rows) * len(asked.seeds)
         done = total - sum(map(len, waiting.values()))
         if done:
             on_note(f"{done} of {total} runs are there already")
+        if bare:
+            on_note(
+                f"{bare} of {total} runs are there without their models; they are run again, as "
+                f"--keep-models asks for them"
+            )
         cells = [sharing[0][1] for sharing in waiting.values()]
         for ended in run_cells(cells, folders.folder, jobs, keep_models, on_round):
             for row, cell in waiting[ended.cell.key]:
@@ -91,6 +105,18 @@ def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
     """
     values = recipe if isinstance(recipe, Mapping) else read_toml(Path(recipe))
     return recipe_of(values, tuple(COLUMNS))
+
+
+def _check(variant: Variant) -> None:
+    """Refuse a row whose runs could not begin.
+
+    Raises:
+        ConfigError: naming the row.
+    """
+    try:
+        check_settings(read_config(default_settings() | variant.settings))
+    except FleetError as error:
+        raise ConfigError(f"row {variant.name}: {error}") from error
 
 
 def _measured(

@@ -1,0 +1,71 @@
+"""Code that decides a cell's result, held against what a cell really imports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from fleet.config import default_settings
+from simulations.deciding import SHOWS, deciding_files
+from tests.runs import SMALL
+
+ROOT = Path(__file__).parents[2]
+
+# What is imported where it is needed, as far as a run may need it.
+EVERYTHING = {
+    **SMALL,
+    "clients": 4,
+    "rounds": 1,
+    "method": "mobiletl",
+    "blocks": "0,1",
+    "budget-mib": "64",
+    "codec-up": "topk:0.1+int4",
+    "codec-down": "int8",
+    "rule": "clipped_mean",
+    "strategy": "fedadam",
+    "head-start": True,
+    "round-timeout": 600.0,
+}
+CELL = """
+import json, sys
+from pathlib import Path
+from simulations.cell_worker import _answer
+task = json.loads(sys.argv[1])
+Path(task["folder"]).mkdir()
+_answer(task, sys.stderr)
+print(json.dumps([m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]))
+"""
+
+
+def names(paths):
+    return {Path(path).relative_to(ROOT).as_posix() for path in paths}
+
+
+def test_all_that_a_cell_imports_decides_but_what_shows_results(tmp_path):
+    task = {
+        "key": "0" * 16,
+        "folder": str(tmp_path / "runs"),
+        "settings": {**default_settings(), **EVERYTHING, "seed": 0, "state-dir": ""},
+        "engine": "local",
+        "adversity": {"attack": "sign_flip:10", "hostile": 0.25, "drop": 0.01},
+        "keep_models": True,
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", CELL, json.dumps(task)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert '"event": "done"' in ran.stderr, ran.stderr
+    files = json.loads(ran.stdout.splitlines()[-1])
+    packages = tuple(f"{ROOT / p}/" for p in ("fleet", "clients", "strategies", "simulations"))
+    imported = names(file for file in files if file.startswith(packages))
+    assert len(imported) > 80
+    assert {name for name in imported if not name.startswith(SHOWS)} <= names(deciding_files())
+
+
+def test_what_no_cell_reaches_decides_nothing():
+    deciding = names(deciding_files())
+    for name in ("fleet/train.py", "strategies/gate.py", "clients/local_update.py"):
+        assert name in deciding
+    for start in SHOWS:
+        assert list(ROOT.glob(f"{start}*")), start  # renamed or removed, it would count again
+    others = ("fleet/deploy/", "fleet/cli/", "clients/doctor/", "simulations/benchmark_", *SHOWS)
+    assert not [name for name in deciding if name.startswith(others)]
