@@ -39,7 +39,7 @@ def with_quorum(rule: Rule, quorum: int) -> Rule:
         result = dataclasses.replace(result, delta=delta, statistics=statistics, coverage=coverage)
         return result, state
 
-    return Rule(rule.init, aggregate)
+    return dataclasses.replace(rule, aggregate=aggregate)
 
 
 def with_coverage_correction(rule: Rule, power: float = 1.0) -> Rule:
@@ -76,7 +76,7 @@ def with_coverage_correction(rule: Rule, power: float = 1.0) -> Rule:
         }
         return dataclasses.replace(result, delta=delta), state
 
-    return Rule(rule.init, aggregate)
+    return dataclasses.replace(rule, aggregate=aggregate)
 
 
 class _Part(Mapping[str, Any]):

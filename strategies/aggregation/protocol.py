@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.errors import ConfigError
-from fleet.state import Arrays, ClientUpdate
+from fleet.state import Arrays, ClientUpdate, TrainableState
 
 # Nested mappings of names to float64 arrays and ints, so that it can be checkpointed.
 RuleState = Mapping[str, Any]
@@ -40,10 +40,15 @@ class Rule:
             in any order; the given state is not changed. `delta` and `statistics` of an
             update may be read from disk or decoded at each access: ask for each
             tensor of each client seldom, and hold those of one name at a time.
+        screen: (updates, the model that they were made from) → client → why its update is
+            not to be aggregated; never all of them. Updates are in order of the clients' names.
     """
 
     init: Callable[[], RuleState]
     aggregate: Callable[[Sequence[ClientUpdate], RuleState], tuple[Aggregate, RuleState]]
+    screen: Callable[[Sequence[ClientUpdate], TrainableState], Mapping[str, str]] = (
+        lambda updates, state: {}
+    )
 
 
 def stateless(function: Callable[[Sequence[ClientUpdate]], Aggregate]) -> Rule:
