@@ -109,9 +109,9 @@ class UpdatePlan:
     @property
     def head(self) -> tuple[str, str] | None:
         """Names of the classifier's weight and bias, the last two; None where it has no bias."""
-        weight, bias = (None, *self.specs)[-2:]
-        if weight and (weight.role, len(weight.shape), bias.role) == ("weight", 2, "bias"):
-            return weight.name, bias.name
+        last = self.specs[-2:]
+        if [(spec.role, len(spec.shape)) for spec in last] == [("weight", 2), ("bias", 1)]:
+            return last[0].name, last[1].name
         return None
 
     @property
