@@ -107,6 +107,14 @@ class UpdatePlan:
         return self.by_name | {spec.name: spec for spec in self.local_specs}
 
     @property
+    def head(self) -> tuple[str, str] | None:
+        """Names of the classifier's weight and bias, the last two; None where it has no bias."""
+        last = self.specs[-2:]
+        if [(spec.role, len(spec.shape)) for spec in last] == [("weight", 2), ("bias", 1)]:
+            return last[0].name, last[1].name
+        return None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that travel in float32, without any header."""
         return sum(spec.nbytes for spec in self.specs)

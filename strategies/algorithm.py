@@ -73,6 +73,8 @@ def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
 
     def step(updates: Sequence[ClientUpdate], state: TrainableState, memory: Any) -> Step:
         of_rule, of_optimizer = memory
+        left_out = dict(combine.screen(updates, state))
+        updates = [update for update in updates if update.client not in left_out]
         aggregate, of_rule = combine.aggregate(updates, of_rule)
         parameters, of_optimizer = optimizer.update(
             aggregate.delta, of_optimizer, parameters_of(state), aggregate.coverage
@@ -81,7 +83,7 @@ def compose(combine: Rule, optimizer: ServerOptimizer) -> Algorithm:
         tensors = {**state.tensors, **parameters, **statistics}
         stepped = TrainableState(state.plan, tensors)
         memory = of_rule, of_optimizer
-        return Step(stepped, memory, dict(aggregate.coverage), dict(aggregate.left_out))
+        return Step(stepped, memory, dict(aggregate.coverage), left_out | aggregate.left_out)
 
     return Algorithm(init, step)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from fleet.errors import ConfigError
 from fleet.state import ClientUpdate
+from strategies.aggregation.agreement import contradicting
 from strategies.aggregation.by_group import (
     Group,
     Squares,
@@ -67,7 +68,8 @@ def clipped_mean(bound: float | None = None) -> Rule:
     to, with a cosine below `LEAST_COSINE`: as inner product manipulation does, which is
     short. The bound is far from 0 because honest updates are nearly at right angles to each
     other where clients' data differ: a bound of 0 leaves out many of them. Clients that
-    train on wrong labels are told from honest ones by neither.
+    train on wrong labels are told from honest ones by neither: before all else `contradicting`
+    holds what they taught the head against the model.
 
     **Whose median, under unequal plans.** A client that trains five blocks has a longer
     delta than one that trains one, and is no more suspicious for it. So norms are only
@@ -118,7 +120,7 @@ def clipped_mean(bound: float | None = None) -> Rule:
         result = combine_by_group(remaining, weigh, median_statistics)
         return dataclasses.replace(result, left_out=left_out)
 
-    return stateless(aggregate)
+    return dataclasses.replace(stateless(aggregate), screen=contradicting)
 
 
 def _too_long(groups: Sequence[Group], squares: Squares) -> dict[str, str]:

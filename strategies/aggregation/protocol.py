@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.errors import ConfigError
-from fleet.state import Arrays, ClientUpdate
+from fleet.state import Arrays, ClientUpdate, TrainableState
 
 # Nested mappings of names to float64 arrays and ints, so that it can be checkpointed.
 RuleState = Mapping[str, Any]
@@ -42,11 +42,16 @@ class Rule:
             tensor of each client seldom, and hold those of one name at a time.
         least_clients: of how many updates it keeps what it promises; fewer are
             aggregated all the same.
+        screen: (updates, the model that they were made from) → client → why its update is
+            not to be aggregated; never all of them. Updates are in order of the clients' names.
     """
 
     init: Callable[[], RuleState]
     aggregate: Callable[[Sequence[ClientUpdate], RuleState], tuple[Aggregate, RuleState]]
     least_clients: int = 1
+    screen: Callable[[Sequence[ClientUpdate], TrainableState], Mapping[str, str]] = (
+        lambda updates, state: {}
+    )
 
 
 def stateless(

@@ -67,6 +67,20 @@ def test_specs_are_tensors_of_the_model_in_its_order(backbone, method):
     assert plan.nbytes == sum(own[name].numel() * 4 for name in names)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_the_head_is_the_models_classifier(backbone, method, blocks):
+    plan = make_plan(backbone, method=method, blocks=blocks or 1)
+    plan = plan if method == "full" else plan.narrow(blocks and plan.blocks)
+    weight, bias = (backbone.model.get_parameter(name) for name in plan.head)
+    assert weight is backbone.head.weight and bias is backbone.head.bias
+
+
+def test_a_head_without_a_bias_is_none(plan):
+    assert dataclasses.replace(plan, specs=plan.specs[:-1]).head is None
+    assert dataclasses.replace(plan, specs=()).head is None
+
+
 @pytest.mark.parametrize("method", ["mobiletl", "blocks", "shifts"])
 def test_a_cut_plan_is_the_plan_of_fewer_blocks(backbone, method):
     widest = make_plan(backbone, method=method, blocks=5)
