@@ -295,7 +295,7 @@ def test_a_table_that_goes_to_no_terminal_has_every_column_in_a_line(copy):
     (head,) = [line for line in said.splitlines() if line.split()[:2] == ["row", "seeds"]]
     assert all(column.heading in head for column in COLUMNS.values())
     (small,) = [line for line in said.splitlines() if line.startswith(" codec=int8 ")]
-    assert small.count("±") == len(COLUMNS) + 1 and "more columns" not in said
+    assert "…" not in small and "more columns" not in said
 
 
 def test_columns_that_name_none_are_refused(tmp_path):
