@@ -11,12 +11,29 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.app.message import make_message
+from flwr.common.serde import metadata_from_proto
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
 from flwr.superlink.grid.http_grid import HttpGrid
+from google.protobuf.message import DecodeError
+
+from fleet.message import REFUSED
 
 _WAIT_SECONDS = 1.0  # in which most replies that are announced come whole
+# What building a reply from bytes that are none raises. A network that fails raises others.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    DecodeError,
+    UnexpectedObjectContentError,
+)
 
 
 def prompt(grid: Grid) -> Grid:
@@ -26,6 +43,9 @@ def prompt(grid: Grid) -> Grid:
 
 class PromptGrid(Grid):
     """Flower's grid, whose replies are fetched each in a thread of its own.
+
+    A look for replies so never waits for a sender that is slow, or has died. A reply that is
+    found is kept until it is asked for: whoever has asked once has to go on asking.
 
     Args:
         grid: of a ServerApp's process.
@@ -61,12 +81,11 @@ class PromptGrid(Grid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to these messages that are whole.
+        """Replies to these messages that are whole, each once; an error for one that is none.
 
         Raises:
-            Exception: what fetching one of them has raised. Of several that were asked for
-                none is lost by that: they come with the next look, it is raised again, and
-                forgotten once that one was asked for alone.
+            Exception: once, what fetching one of them has raised. The others come with the
+                next look.
         """
         asked = set(message_ids)
         with self._changed:
@@ -115,6 +134,8 @@ class PromptGrid(Grid):
         def fetch() -> None:
             try:
                 fetched: list[Message] | Exception = list(grid.pull_messages({message_id}))
+            except _UNREADABLE as error:
+                fetched = [client.refusal(f"reply cannot be read ({error!r:.200})")]
             except Exception as error:  # it is raised where the reply is asked for
                 fetched = error
             with self._changed:
@@ -127,11 +148,8 @@ class PromptGrid(Grid):
     def _take(self, asked: set[str]) -> list[Message]:
         there = sorted(asked & self._fetched.keys())
         for message_id in there:
-            error = self._fetched[message_id]
-            if isinstance(error, Exception):
-                if len(asked) == 1:
-                    del self._fetched[message_id]
-                raise error
+            if isinstance(self._fetched[message_id], Exception):
+                raise self._fetched.pop(message_id)
         return [reply for message_id in there for reply in self._fetched.pop(message_id)]
 
 
@@ -148,6 +166,11 @@ class _Announcing:
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
         return self._announcement
+
+    def refusal(self, reason: str) -> Message:
+        """What stands in the reply's place."""
+        (reply,) = self._announcement.messages_list
+        return make_message(metadata_from_proto(reply.metadata), error=Error(REFUSED, reason))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)

@@ -3,7 +3,6 @@ import random
 import numpy as np
 import pytest
 from flwr.app import Error, Message
-from google.protobuf.message import DecodeError
 
 from fleet.errors import ConfigError
 from fleet.message import Enrolment, refusal, write_enrolment, write_metrics
@@ -249,17 +248,6 @@ def test_a_hostile_enrolment_is_turned_away_with_a_short_reason(scripted_grid, h
     with pytest.raises(ConfigError, match=text) as error:
         roster.online(2)
     assert len(str(error.value)) < 1500
-
-
-def test_an_enrolment_that_cannot_be_built_ends_nothing(scripted_grid):
-    def damaged(message):
-        raise DecodeError("Error parsing message")
-
-    grid = scripted_grid({1: enrols("a")})
-    roster = Roster(grid, timeout=0.05)
-    assert roster.online(1) == {"a": 1}
-    grid.nodes[2] = damaged
-    assert roster.online(1) == {"a": 1}
 
 
 def test_reasons_that_are_remembered_are_few(scripted_grid):
