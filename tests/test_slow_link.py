@@ -119,7 +119,7 @@ def train_over(
     processes.finish("provision", 600)
     link = [Path(__file__).with_name("slow_link.py"), "--listen", f"{address}:{LINK}"]
     link += ["--to", f"{address}:{SERVER}", "--kbits", kbits, "--delay-ms", delay_ms]
-    link += ["--resets", 0.05, "--seed", 3]
+    link += ["--resets", 0.05, "--seed", 2]  # which cuts within the first few dozen exchanges
     processes.start("link", "user", "ip", "netns", "exec", server, sys.executable, *link)
     on(
         *(server, "server", "server", "--dir", machines / "server"),
