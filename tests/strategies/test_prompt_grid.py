@@ -284,6 +284,15 @@ def test_a_reply_that_was_held_up_over_the_deadline_is_not_the_next_rounds(
     assert [message_id for message_id, _ in streaming_grid.take_late()] == ["2"]
 
 
+def test_a_late_reply_that_cannot_be_read_is_counted(superlink, prompt_grid, questions):
+    streaming_grid = StreamingGrid(prompt_grid, 0.1)
+    assert nodes_of(streaming_grid.send_and_receive(questions, timeout=1)) == [11, 13]
+    superlink.failing["2"] = DecodeError("damaged")
+    superlink.stalled["2"].set()
+    until(lambda: "2" in prompt_grid._fetched)
+    assert streaming_grid.take_late() == [("2", 0)]
+
+
 def test_a_reply_that_takes_long_over_its_link_counts(superlink, prompt_grid, questions):
     replies = StreamingGrid(prompt_grid, 0.1).send_and_receive(questions, timeout=60)
     assert nodes_of([next(replies), next(replies)]) == [11, 13]
