@@ -24,12 +24,12 @@ DEFAULT = default_settings()["rule"]
 
 @pytest.fixture(scope="module")
 def accuracy(tmp_path_factory):
-    """Function (rule, attack by a fifth of the clients) → accuracy of the last rounds, points."""
+    """Function (rule, attack by a fifth of the clients, seed) → accuracy of the last rounds."""
 
     @cache
-    def run(rule, attack=""):
+    def run(rule, attack="", seed=0):
         folder = tmp_path_factory.mktemp("run") / "run"
-        settings = SETTINGS | {"rule": rule, "run-dir": str(folder)}
+        settings = SETTINGS | {"rule": rule, "seed": seed, "run-dir": str(folder)}
         record = simulate(settings, **({"attack": attack, "hostile": 0.2} if attack else {}))
         return 100 * mean(report.accuracy for report in list(record.rounds())[-3:])
 
@@ -47,3 +47,9 @@ def test_the_default_rule_costs_nothing_without_an_attack(accuracy):
 @pytest.mark.parametrize("attack", ["sign_flip:10", "alie:1.5", "ipm:0.5", "label_flip", "nan"])
 def test_the_default_rule_withstands_a_fifth_of_hostile_clients(accuracy, attack):
     assert accuracy(DEFAULT, attack) > accuracy(DEFAULT) - 3
+
+
+@pytest.mark.parametrize("attack", ["sign_flip:4", "label_flip"])
+def test_hostile_clients_cost_what_their_data_are_worth(accuracy, attack):
+    """A seed where that is much: under nan the gate refuses exactly the hostile clients."""
+    assert accuracy(DEFAULT, attack, seed=1) > accuracy(DEFAULT, "nan", seed=1) - 3
