@@ -7,6 +7,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.client import Client
+from clients.deadline import ended_at_deadline
 from clients.head_start import moments_task
 from clients.local_update import enrol, evaluate_task, train_task
 from fleet.config import read_config
@@ -35,7 +36,8 @@ def _answering(handler: Handler) -> Callable[[Message, Context], Message]:
         try:
             config = read_config(context.run_config)
             client = Client.of(context.node_id, context.node_config, config)
-            return Message(handler(client, message.content), reply_to=message)
+            with ended_at_deadline(client):
+                return Message(handler(client, message.content), reply_to=message)
         except FleetError as error:
             return refusal(error, message)
 

@@ -84,9 +84,30 @@ def trained_model(source: Source) -> TrainedModel:
 def read_trained(path: Path) -> TrainedModel:
     """Read a `.safetensors` file whose metadata are `facts_of` its model.
 
+    One that is replaced meanwhile, as a device does after each round, is read again.
+
     Raises:
         ConfigError: as `trained_model`.
     """
+    while True:
+        began = _version(path)
+        try:
+            return _read(path)
+        except ConfigError:
+            if _version(path) == began:
+                raise
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Changes as a file is replaced; None if there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _read(path: Path) -> TrainedModel:
     facts = read_facts(path)
     backbone, classes = facts.get("backbone"), _classes(facts.get("classes"))
     if not backbone or classes is None or "image_size" not in facts:

@@ -89,13 +89,23 @@ def _load(root: Path, classes: tuple[str, ...], skip_unreadable: bool) -> ImageD
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below `folder`, in torchvision's order."""
-    return [
-        Path(parent, file)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for file in sorted(names)
-        if file.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    """All image files below `folder`, in torchvision's order.
+
+    A link to a folder that it lies in is not followed, and what is no regular file is left
+    out: whoever opens a named pipe waits for ever.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(parent, name)]
+        files = [Path(parent, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        found.append((parent, sorted(file for file in files if file.is_file())))
+    return [file for _, files in sorted(found) for file in files]
+
+
+def _leads_back(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    link = Path(parent, name)
+    return link.is_symlink() and Path(parent).resolve().is_relative_to(link.resolve())
 
 
 def fault_of(file: Path | BytesIO) -> str | None:

@@ -43,7 +43,7 @@ def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
     if seen.clock_is_off:
         return Diagnosis(
             f"this device's clock is {_off_by(seen.clock_offset)} the server's, and the server "
-            f"takes at most 5 s ahead and 300 s behind; let it synchronise: timedatectl "
+            f"takes at most 5 s ahead and 305 s behind; let it synchronise: timedatectl "
             f"set-ntp true",
             SOON_SECONDS,
         )
