@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from fleet.data import (
     to_tensor,
     visiting_order,
 )
+from fleet.data.folders import image_files
 from fleet.data.splits import draw_stratified
 from fleet.errors import ConfigError
 
@@ -610,6 +612,23 @@ def test_digits_that_are_not_where_they_were_are_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"should hold .*digits.csv.gz and does not; install it"):
         load_data("digits", "train")
+
+
+def test_links_that_lead_back_and_pipes_are_no_images(tmp_path):
+    root = image_folder(tmp_path / "images", per_class=2)
+    cat = root / "cat"
+    (cat / "more").mkdir()
+    (cat / "more/9.jpg").write_bytes(jpeg(COLOURS["cat"]))
+    (cat / "more/self").symlink_to(cat)
+    (cat / "more/all").symlink_to(root, target_is_directory=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "8.jpg").write_bytes(jpeg(COLOURS["cat"]))
+    (cat / "linked").symlink_to(elsewhere)
+    os.mkfifo(cat / "pipe.jpg")  # whoever opens it waits for ever
+    (cat / "lost.jpg").symlink_to(tmp_path / "nothing")
+    found = [path.relative_to(cat).as_posix() for path in image_files(cat)]
+    assert found == ["00.jpg", "01.jpg", "linked/8.jpg", "more/9.jpg"]
 
 
 def break_images(root):

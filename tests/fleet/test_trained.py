@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from fleet.backbones import Preprocessing, load_backbone
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
-from fleet.trained import facts_of, read_trained, trained_model
+from fleet.trained import facts_of, read_facts, read_trained, trained_model
 
 CLASSES = ("cat", "dog", "yak")
 TOLD = Preprocessing(48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
@@ -48,6 +48,29 @@ def test_a_model_comes_back_with_all_that_it_takes_to_use_it(backbone, record):
         assert not trained.model.training
         for name, tensor in backbone.model.state_dict().items():
             assert torch.equal(trained.model.state_dict()[name], tensor)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(backbone, record, monkeypatch):
+    """A device replaces its last model after a round, and may just be asked to predict."""
+    newer = {
+        n: t + 1 if n == "classifier.3.bias" else t for n, t in load_file(record.model_path).items()
+    }
+    with torch.no_grad():
+        changed = load_backbone("mobilenet_v3_small", num_classes=3, image_size=48, weights="none")
+        changed.model.load_state_dict(newer)
+    replaced = []
+
+    def read_and_replace(path):
+        facts = read_facts(path)
+        if not replaced:
+            replaced.append(path)
+            record.save_model(newer, facts_of(backbone.name, changed.model, CLASSES, TOLD))
+        return facts
+
+    monkeypatch.setattr("fleet.trained.read_facts", read_and_replace)
+    trained = read_trained(record.model_path)
+    assert replaced
+    assert torch.equal(trained.model.state_dict()["classifier.3.bias"], newer["classifier.3.bias"])
 
 
 def test_a_file_of_an_earlier_version_takes_its_architecture_s_preprocessing(record):
