@@ -16,17 +16,20 @@ FEW_EXAMPLES = 5  # of a class; fewer and the held-out fifth has none
 
 _REPAIR = "put the images of each class in a folder of its own: DIR/CLASS/image.jpg"
 _READ = """
-import json, sys
-from fleet.data import load_data
+import json, sys, warnings
+from fleet.data import load_device_data
 from fleet.errors import FleetError
 try:
     counts = {}
-    for split in ("train", "test"):
-        images = load_data(sys.argv[1], split)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        training, held_out = load_device_data(sys.argv[1])
+    for images in (training, held_out):
         for label in images.labels:
             name = images.classes[label]
             counts[name] = counts.get(name, 0) + 1
-    print(json.dumps({"counts": counts}))
+    skipped = [str(each.message) for each in told] if training.skipped else []
+    print(json.dumps({"counts": counts, "skipped": skipped}))
 except FleetError as error:
     print(json.dumps({"fault": str(error)}))
 """
@@ -56,7 +59,9 @@ def images_finding(data: str, *, readable: bool) -> Finding:
 
 
 def read_as_client(data: str) -> dict[str, object] | None:
-    """What the project's own reader says: `counts`, class → examples, or a `fault`.
+    """What the project's own reader says.
+
+    It is `counts`, class → examples, with what is said of those `skipped`, or a `fault`.
 
     Returns:
         None if it could not run, or took too long.
@@ -84,6 +89,13 @@ def read_finding(data: str, told: dict[str, object]) -> Finding:
         return Finding(check, PROBLEM, fact or remedy, remedy if fact else _REPAIR)
     counts: dict[str, int] = told["counts"]  # type: ignore[assignment]
     seen = f"{sum(counts.values())} images in {data}: {_listing(counts)}"
+    if skipped := told.get("skipped"):
+        return Finding(
+            check,
+            WARNING,
+            f"{seen}; {' '.join(skipped)}",
+            "repair or remove them: each round leaves out what it cannot read",
+        )
     if few := sorted(name for name, count in counts.items() if count < FEW_EXAMPLES):
         return Finding(
             check,
