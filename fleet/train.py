@@ -76,7 +76,7 @@ def train_locally(
             reported is without it.
         before_step: is called before every step, where a device may pause; what it
             raises ends the training.
-        trims: as of `take_step`.
+        trims: as of `take_step`, and before the first
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is
@@ -88,7 +88,8 @@ def train_locally(
     if not len(data):
         raise ConfigError(f"{data.name} has no training images for this client; give it some")
     model.train()
-    trim()  # of what was held while the model and its state were read
+    if trims:
+        trim()  # of what was held while the model and its state were read
     optimizer = SGD(
         model.trainable_parameters(),
         config.learning_rate,
