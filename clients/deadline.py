@@ -8,19 +8,22 @@ from contextlib import contextmanager
 
 from clients.client import Client
 
+# Beyond `round-timeout`: who gives up by itself then, as one that waits to cool down, says why.
+GRACE_SECONDS = 60.0
+
 
 @contextmanager
 def ended_at_deadline(client: Client) -> Iterator[None]:
-    """End the process if the block takes longer than the server waits for any reply.
+    """End the process if the block takes much longer than the server waits for any reply.
 
-    The time is the run's `round-timeout`, from when the block is entered: nobody waits for
-    what it would come to. Where it hung is said on standard error. A device has a process
-    for each message; simulated clients share theirs, which is not ended.
+    The time is the run's `round-timeout` and `GRACE_SECONDS`, from when the block is entered:
+    nobody waits for what it would come to. Where it hung is said on standard error. A device
+    has a process for each message; simulated clients share theirs, which is not ended.
     """
     if client.simulated:
         yield
         return
-    seconds = min(client.config.federation.round_timeout, threading.TIMEOUT_MAX)
+    seconds = min(client.config.federation.round_timeout + GRACE_SECONDS, threading.TIMEOUT_MAX)
     # A thread of C's: it also ends a process that holds Python's lock, or waits in the kernel.
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:

@@ -88,6 +88,7 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
         config.federation, _parameters(received, narrow), plan, memory, task.acknowledged
     )
     images = relabel(training, task.classes)
+    trims = not client.simulated  # the next client of the same process needs the memory at once
     with marked:
         result = train_locally(
             agree(client, task).transfer(narrow, share.local.stash, cut),
@@ -98,7 +99,7 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
             features=config.features,
             proximal=proximal,
             before_step=cooling,
-            trims=not client.simulated,  # the next client of this process needs it at once
+            trims=trims,
         )
     update = {
         name: trained if narrow.by_name[name].is_statistic else trained - received[name]
@@ -122,7 +123,8 @@ def train_once(client: Client, task: Task, download: Download) -> tuple[Payload,
     if training.skipped:
         metrics["skipped-images"] = training.skipped
     del update
-    trim()  # the reply is what is held next
+    if trims:
+        trim()  # the reply is what is held next
     told = share.metrics() | learnt.metrics() | cooling.metrics() | device_metrics()
     return payload, metrics | told
 

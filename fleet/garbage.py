@@ -21,19 +21,3 @@ def importing() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-@contextmanager
-def frozen() -> Iterator[None]:
-    """Leave what is there by now out of the collections of the block.
-
-    What becomes garbage of it stays until the block is over. Where somebody has
-    frozen already, it is theirs to undo.
-    """
-    outermost = not gc.get_freeze_count()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if outermost:
-            gc.unfreeze()

@@ -76,7 +76,7 @@ def train_locally(
             reported is without it.
         before_step: is called before every step, where a device may pause; what it
             raises ends the training.
-        trims: as of `take_step`, and before the first
+        trims: as of `take_step`, and once before the first.
 
     Raises:
         ConfigError: if there is no image, or a single one in a batch that is

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -14,7 +14,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from fleet.config import Value
-from fleet.garbage import frozen
 from simulations.local_clients import (
     FIRST_CLIENT_NODE_ID,
     SERVER_NODE_ID,
@@ -186,7 +185,6 @@ def run_local(
     with (
         _one_thread(),
         quick_arrays(),
-        frozen() if workers == 1 else nullcontext(),  # workers' pool sees to it as it forks
         closing(
             LocalGrid(client_app, num_clients, run_config, on_reply, interferences, workers)
         ) as grid,

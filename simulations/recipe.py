@@ -157,7 +157,8 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
         raise ConfigError(
             f"[simulation] has {', '.join(others)}; known: {', '.join(OF_SIMULATION)}"
         )
-    settings = {**(apart := told_apart(settings, simulation, "recipe"))[0], **apart[1]}
+    own, told = told_apart(settings, simulation, "recipe")
+    settings = own | told
     axes = {key: _axis(key, choices) for key, choices in vary.items()}
     rows = tuple(_rows(values.get("rows", [])))
     for name, row in rows:

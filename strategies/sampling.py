@@ -27,6 +27,7 @@ _MAX_NAME = 256  # characters, of a client or a class
 _MAX_CLASSES = 10_000  # of one client
 _MAX_REASONS = 100  # that are remembered of clients turned away
 _MAX_REASON = 1000  # characters
+_REMEMBERED = 10_000  # introductions that were asked for, and may still come
 
 
 class Roster:
@@ -127,6 +128,8 @@ class Roster:
         self._questions |= {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
         for reply in list(replies):
             self._admit(reply)
+        while len(self._questions) > _REMEMBERED:  # the oldest will not be answered any more
+            del self._questions[next(iter(self._questions))]
 
     def _admit(self, reply: Message) -> None:
         """Enrol whoever has introduced itself, or remember why it takes no part."""

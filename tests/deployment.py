@@ -18,9 +18,21 @@ import psutil
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fleet.deploy.provisioning import ServerFolder
 from fleet.records import RunRecord
 
 HOST = "127.0.0.1"
+
+# A small task: digits of two classes, and images of each for two devices and the server.
+TWO_CLASSES = {"eight": 8, "one": 1}
+FEW_IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}
+SMALL_RUN = {
+    "image-size": 32,
+    "weights": "none",
+    "blocks": 2,
+    "local-epochs": 1,
+    "batch-size": 8,
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -187,6 +199,22 @@ def write_digits(folder: Path, counts: Mapping[str, int], classes: Mapping[str, 
             class_folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(next(images)).save(class_folder / f"{i}.png")
+
+
+def begin_run(
+    processes: Processes, server: ServerFolder, name: str, settings: Mapping[str, object]
+) -> RunRecord:
+    """Follow a new run, in a process called "run", once the one called "server" serves.
+
+    The server evaluates on the folder that `write_digits` made for it.
+    """
+    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    processes.fleet(
+        *("run", "run", "--dir", server.path, "--name", name, *options),
+        *("--data", processes.folder / "server-images"),
+    )
+    return RunRecord(server.runs_path / name)
 
 
 def wait_for_keys(processes: Processes, server: str, devices: Iterable[str]) -> None:

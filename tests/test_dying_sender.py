@@ -12,10 +12,14 @@ import pytest
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import bundle_files
 from fleet.deploy.provisioning import Provisioner
-from fleet.records import RoundReport, RunRecord
+from fleet.records import RoundReport
 from tests.deployment import (
+    FEW_IMAGES,
     HOST,
+    SMALL_RUN,
+    TWO_CLASSES,
     Processes,
+    begin_run,
     free_ports,
     processes_in_a_folder,
     rounds_on_record,
@@ -23,20 +27,13 @@ from tests.deployment import (
 )
 from tests.stalling_relay import StallingRelay, stalling_relay
 
-CLASSES = {"eight": 8, "one": 1}
-IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}  # of each class
 LOST = "pi-02"
 HELD_UP, KILLED = 2, 4  # rounds in which its update is; in the first its heartbeats pass
 UPLOAD_BYTES = 100_000  # an update has more, and nothing else that a device sends
 ROUND_SECONDS = 90  # half of what Flower gives an upload that does not get on
 SLACK_SECONDS = 45  # for evaluation and checkpoint, on a machine that is busy
 RUN_SECONDS = 900
-SETTINGS = {
-    "image-size": 32,
-    "weights": "none",
-    "blocks": 2,
-    "local-epochs": 1,
-    "batch-size": 8,
+SETTINGS = SMALL_RUN | {
     "rounds": 6,
     "min-clients": 2,
     "round-timeout": ROUND_SECONDS,
@@ -85,15 +82,11 @@ def live(processes: Processes, port: int, relay: StallingRelay) -> list[RoundRep
     kept = {name: (bundle / name).read_bytes() for name in ("ca.crt", "device.key")}
     moved = bundle_files(LOST, Address("localhost", relay.port), *kept.values())
     (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
-    write_digits(folder, IMAGES, CLASSES)
+    write_digits(folder, FEW_IMAGES, TWO_CLASSES)
     processes.fleet("server", "server", "--dir", provisioner.server.path, "--host", HOST)
     for name in ("pi-01", LOST):
         start_client(processes, provisioner, name)
-    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
-    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
-    processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
-    record = RunRecord(provisioner.server.runs_path / "first")
+    record = begin_run(processes, provisioner.server, "first", SETTINGS)
 
     def is_done(server_round: int) -> None:
         count = server_round + 1

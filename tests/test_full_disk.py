@@ -12,10 +12,14 @@ from fleet.deploy.addresses import Address
 from fleet.deploy.control import ONLINE, Control, ControlError
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.wishes import Wishes
-from fleet.records import RoundReport, RunRecord
+from fleet.records import RoundReport
 from tests.deployment import (
+    FEW_IMAGES,
     HOST,
+    SMALL_RUN,
+    TWO_CLASSES,
     Processes,
+    begin_run,
     free_ports,
     processes_in_a_folder,
     rounds_on_record,
@@ -23,19 +27,12 @@ from tests.deployment import (
 )
 from tests.disks import Disk, disks_can_be_made, small_disk
 
-CLASSES = {"eight": 8, "one": 1}
-IMAGES = {"pi-01": 16, "pi-02": 16, "server": 8}  # of each class
 FULL = "pi-01"  # its state and its feature cache lie on a small disk
 DISK_MIB = 256
 FULL_SECONDS = 45  # long enough for heartbeats to be answered with errors
 ONLINE_SECONDS = 120  # after the disk is free
 RUN_SECONDS = 900
-SETTINGS = {
-    "image-size": 32,
-    "weights": "none",
-    "blocks": 2,
-    "local-epochs": 1,
-    "batch-size": 8,
+SETTINGS = SMALL_RUN | {
     "rounds": 7,
     "round-timeout": 180,
     "codec-up": "int4+feedback",  # a device remembers its residuals
@@ -118,7 +115,7 @@ def live(processes: Processes, server: Disk, device: Disk) -> Life:
     folder, (port,) = processes.folder, free_ports(1)
     provisioner = Provisioner(server.folder / "fleet")
     provisioner.begin([Address("localhost", port)], ["pi-01", "pi-02"])
-    write_digits(folder, IMAGES, CLASSES)
+    write_digits(folder, FEW_IMAGES, TWO_CLASSES)
     processes.fleet("server", "server", "--dir", provisioner.server.path, "--host", HOST)
     for name in ("pi-01", "pi-02"):
         home = device.folder if name == FULL else folder
@@ -127,12 +124,8 @@ def live(processes: Processes, server: Disk, device: Disk) -> Life:
             *("--bundle", provisioner.bundle_path(name), "--data", folder / f"{name}-images"),
             *("--state", home / f"{name}-state", "--budget-mib", "off"),
         )
-    processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
-    settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    arguments = ("--dir", provisioner.server.path, "--name", "full", *settings)
-    processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
+    record = begin_run(processes, provisioner.server, "full", SETTINGS)
     wishes = Wishes(provisioner.server.runs_path)
-    record = RunRecord(wishes.folder / "full")
 
     def rounds(count: int) -> None:
         processes.wait(f"{count} rounds", lambda: rounds_on_record(record) >= count, RUN_SECONDS)

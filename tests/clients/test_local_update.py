@@ -344,3 +344,14 @@ def test_features_are_cut_where_the_widest_plan_is(monkeypatch, tmp_path):
     for blocks in (1, 4):
         train_task(client(OWN | {"blocks": blocks}), task, payload)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_device_gives_memory_back_and_a_simulated_client_keeps_it(device, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr("fleet.train.trim", lambda: trimmed.append("training"))
+    monkeypatch.setattr("clients.local_update.trim", lambda: trimmed.append("reply"))
+    _, _, task, payload = server()
+    train_task(client(), task, payload)
+    assert trimmed == []
+    train_task(device(), task, payload)
+    assert {*trimmed} == {"training", "reply"} and trimmed[-1] == "reply"

@@ -1,18 +1,10 @@
 """The collector is kept still for a while, and is as it was before after it."""
 
 import gc
-import weakref
 
 import pytest
 
-from fleet.garbage import frozen, importing
-
-
-class Node:
-    """Refers to itself, so that only a collection frees it."""
-
-    def __init__(self):
-        self.me = self
+from fleet.garbage import importing
 
 
 def collections():
@@ -44,25 +36,3 @@ def test_a_collector_that_was_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
-
-
-def test_frozen_objects_are_looked_through_after_the_block_and_new_ones_in_it():
-    gc.collect()
-    before = weakref.ref(Node())
-    with frozen():
-        new = weakref.ref(Node())
-        gc.collect()
-        assert before() is not None and new() is None
-    gc.collect()
-    assert before() is None
-    assert not gc.get_freeze_count()
-
-
-def test_what_somebody_else_has_frozen_is_theirs_to_undo():
-    gc.freeze()
-    try:
-        with frozen(), frozen():
-            pass
-        assert gc.get_freeze_count()
-    finally:
-        gc.unfreeze()

@@ -154,6 +154,19 @@ def test_a_client_that_was_asked_twice_and_answers_both_is_no_second_of_its_name
     assert "refused" not in str(error.value)
 
 
+def test_of_those_who_never_answer_the_last_are_remembered(scripted_grid, monkeypatch):
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(sampling, "_REMEMBERED", 3)
+    grid = scripted_grid({1: enrols("near"), 2: enrols("far")})
+    Slow(grid, 2)
+    roster = Roster(grid, timeout=0.02)
+    for _ in range(8):
+        roster.online(1)
+    asked = [m.metadata.message_id for m in grid.sent if m.metadata.dst_node_id == 2]
+    assert len(asked) > 3
+    assert list(roster._questions) == asked[-3:]
+
+
 def test_a_client_that_was_refused_is_not_asked_over_and_over(scripted_grid):
     grid = scripted_grid(refused_once())
     with pytest.raises(ConfigError, match=r"min-clients is 1.*\n  refused: no images yet$"):
