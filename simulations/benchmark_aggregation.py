@@ -25,8 +25,10 @@ import numpy as np
 from fleet.measure.comparison import commit
 from fleet.measure.resident import resident_growth
 from fleet.plan import TensorSpec, UpdatePlan
-from fleet.state import ClientUpdate
+from fleet.state import ClientUpdate, TrainableState
 from strategies.aggregation import rule
+from strategies.algorithm import compose
+from strategies.server_opt import sgd
 
 _MIB = 2**20
 _RULES = (
@@ -38,6 +40,7 @@ _RULES = (
     "multi_krum:100",
     "geometric_median:2",
 )
+_CLASSES = 10
 _FEW = 100  # centred clipping keeps every client's momentum in memory: 8 GB of 1,000
 _COLUMNS = ("rule", "replies", "floats each", "seconds", "CPU s", "grew, MiB", "peak, MiB")
 
@@ -104,11 +107,16 @@ def main(
 
 
 def tensor_shapes(floats: int, tensors: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of tensors whose sizes span two orders of magnitude, as a CNN's do."""
-    weights = np.geomspace(1, 100, tensors)
+    """Names and shapes of tensors whose sizes span two orders of magnitude, as a CNN's do.
+
+    The largest is a classifier's weight, and its bias is the last.
+    """
+    weights = np.geomspace(1, 100, tensors - 1)
     sizes = np.maximum(1, (weights / weights.sum() * floats).astype(int))
-    sizes[-1] += floats - sizes.sum()
-    return {f"blocks.{i}.weight": (int(size),) for i, size in enumerate(sizes)}
+    features = sizes[-1] // _CLASSES - 1  # and one for the bias
+    sizes[-2] += floats - sizes[:-1].sum() - (features + 1) * _CLASSES
+    blocks = {f"blocks.{i}.weight": (int(size),) for i, size in enumerate(sizes[:-1])}
+    return blocks | {"head.weight": (_CLASSES, int(features)), "head.bias": (_CLASSES,)}
 
 
 def write_replies(directory: Path, replies: int, floats: int) -> None:
@@ -121,16 +129,21 @@ def write_replies(directory: Path, replies: int, floats: int) -> None:
 def measure(
     name: str, directory: Path, replies: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[float, float, int, int]:
-    """Wall and CPU seconds of one aggregation, and resident bytes: by how much more, and in all."""
+    """Wall and CPU seconds of a server step, and resident bytes: by how much more, and in all."""
     updates = [_update(directory / f"{i:05}", shapes, 10 + i % 90) for i in range(replies)]
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
+    state = TrainableState(updates[0].plan, tensors)
+    algorithm = compose(rule("mean" if name.startswith("np.") else name), sgd())
+    memory = algorithm.init(state)
     with resident_growth() as growth:
         started, cpu = time.perf_counter(), time.process_time()
         if name == "np.mean(np.stack)":
-            everything = np.stack([np.concatenate(list(u.delta.values())) for u in updates])
+            flat = ([array.ravel() for array in update.delta.values()] for update in updates)
+            everything = np.stack([np.concatenate(arrays) for arrays in flat])
             np.mean(everything, axis=0)
         else:
-            chosen = rule(name)
-            chosen.aggregate(updates, chosen.init())
+            algorithm.step(updates, state, memory)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return seconds, cpu, growth.bytes or 0, peak
@@ -150,7 +163,10 @@ def _update(path: Path, shapes: Mapping[str, tuple[int, ...]], num_examples: int
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]]) -> UpdatePlan:
-    specs = [TensorSpec(name=n, shape=s, role="weight", depth=0) for n, s in shapes.items()]
+    specs = [
+        TensorSpec(name=n, shape=s, role="bias" if n.endswith("bias") else "weight", depth=0)
+        for n, s in shapes.items()
+    ]
     return UpdatePlan(
         backbone="benchmark",
         preprocessing={},

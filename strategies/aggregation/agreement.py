@@ -54,25 +54,29 @@ def contradicting(updates: Sequence[ClientUpdate], state: TrainableState) -> dic
     weight, bias = state.plan.head
     known = state.tensors[weight].astype(np.float64)
     known -= known.mean(axis=0)
-    moves = {  # client → (ΔW, Δb)
-        u.client: (u.delta[weight].astype(np.float64), u.delta[bias].astype(np.float64))
-        for u in updates
-        if weight in u.delta and bias in u.delta and u.delta[weight].any()
-    }
-    means = [(gains @ rows) / (gains @ gains) for rows, gains in moves.values() if gains.any()]
+    # Twice over the clients, one at a time: together their heads may be more than memory holds.
+    gains, means = {}, []  # client → Δb; the m of each
+    movers = [u for u in updates if weight in u.delta and bias in u.delta]
+    for update in movers:
+        rows = update.delta[weight].astype(np.float64)
+        if rows.any():
+            gains[update.client] = gained = update.delta[bias].astype(np.float64)
+            if gained.any():
+                means.append((gained @ rows) / (gained @ gained))
     if not means or not known.any():
         return {}
     mean = np.median(means, axis=0)
     unknown = _shares(known @ mean + state.tensors[bias]) < LEAST_KNOWN / len(known)
-    cosines = {
-        client: _cosine(rows - np.outer(gains, mean), known)
-        for client, (rows, gains) in moves.items()
-    }
+    cosines = {}
+    for update in movers:
+        if update.client in gains:
+            rows = update.delta[weight] - np.outer(gains[update.client], mean)
+            cosines[update.client] = _cosine(rows, known)
     median = lower_median(np.array(list(cosines.values())))
     bound = max(median, 0.0) / 2 - MARGIN
     found = {}
     for client, cosine in cosines.items():
-        gained = np.maximum(moves[client][1], 0)
+        gained = np.maximum(gains[client], 0)
         if cosine < bound and 2 * gained[unknown].sum() <= gained.sum():
             found[client] = (
                 f"update of {weight} has a cosine of {cosine:.2f} with what the model knows, the "
