@@ -83,7 +83,7 @@ def main(
         print(json.dumps(measure(rules[0], folder, replies, shapes)))
         return
     print(
-        f"One thread, numpy {np.__version__}, {_processor()}, commit {commit()}; "
+        f"One BLAS thread, numpy {np.__version__}, {_processor()}, commit {commit()}; "
         f"tensors of {min(map(np.prod, shapes.values()))} to "
         f"{max(map(np.prod, shapes.values()))} float32, {tensors} a reply; "
         f"load of the last minute {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n"

@@ -1,7 +1,6 @@
 """Worker processes that run a simulated fleet's clients: started once, kept for the whole run."""
 
 import gc
-import os
 import pickle
 import random
 import signal
@@ -19,6 +18,7 @@ import torch
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from fleet.cores import available_cores
 from fleet.errors import ConfigError
 from fleet.signals import ENDING
 from simulations.local_clients import SERVER_NODE_ID, LocalClients, identify, number_of, pack
@@ -36,7 +36,7 @@ def read_workers(value: int | str) -> int:
         ConfigError: for what is neither a whole number from 1 on nor `auto`.
     """
     if value == "auto":
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return available_cores()
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value)
     if type(value) is not int or value < 1:
