@@ -3,6 +3,8 @@
 # Begins the message of a run that settings, data or weights keep from beginning. Flower
 # passes on an error's text alone: by this a server knows that trying again is no use.
 CANNOT_BEGIN = "the run cannot begin: "
+# Begins the message of a run that has waited for clients in vain: trying again is of use.
+TOO_FEW = "too few clients came: "
 
 
 class FleetError(Exception):

@@ -266,7 +266,7 @@ class FleetStrategy(Strategy):
             elif reply.has_error():
                 if reply.error.code == LOST_VERSION:
                     self._outbox.lost(name)
-                self._ledger.refuse(name, f"{phase}{reason_of(reply.error)}")
+                self._ledger.refuse(name, reason_of(reply.error), phase)
             elif nbytes is not None:
                 self._outbox.arrived(name, question)
                 yield name, reply.content, nbytes
@@ -274,8 +274,8 @@ class FleetStrategy(Strategy):
                 self._ledger.late += sorted(silent.values())
                 return
         for name in silent.values():
-            reason = f"{phase}no reply within {self._config.round_timeout:g} s"
-            self._ledger.refuse(name, reason)
+            reason = f"no reply within {self._config.round_timeout:g} s"
+            self._ledger.refuse(name, reason, phase)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, phase: str = "") -> Iterator[None]:
@@ -283,10 +283,10 @@ class FleetStrategy(Strategy):
         try:
             yield
         except UpdateError as error:
-            self._ledger.refuse(name, f"{phase}{error}")
+            self._ledger.refuse(name, str(error), phase)
         except Exception as error:  # a run must outlive also what no check foresaw
             log(WARNING, "reply of %s cannot be read", name, exc_info=True)
-            self._ledger.refuse(name, f"{phase}reply cannot be read ({error!r:.200})")
+            self._ledger.refuse(name, f"reply cannot be read ({error!r:.200})", phase)
 
     def _step(self, server_round: int) -> None:
         """Step the model, or leave it where the algorithm cannot, with the reason for everyone."""

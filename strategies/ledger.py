@@ -80,17 +80,20 @@ class Ledger:
         for arrays in (update.delta, update.statistics):
             self.up.find_roles(_roles(arrays, update.plan))
 
-    def refuse(self, client: str, reason: str | None) -> None:
+    def refuse(self, client: str, reason: str | None, phase: str = "") -> None:
         """Book why something that a client sent, or did not send, does not count.
 
         What was booked for it before stays. Of a long reason the end is kept:
         a traceback says most there.
+
+        Args:
+            phase: stands before the reason, unless the client was refused for the same before.
         """
         # Clients write some of these: of characters, the printable ones, and lines.
         reason = "".join(c for c in (reason or "")[-_MAX_REASON:] if c.isprintable() or c == "\n")
         reason, before = reason.strip() or "no reason given", self.refused.get(client, "")
         if not before.endswith(reason):
-            both = f"{before}; {reason}" if before else reason
+            both = f"{before}; {phase}{reason}" if before else f"{phase}{reason}"
             self.refused[client] = both[-_MAX_REASON:]
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:

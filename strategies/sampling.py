@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fleet.errors import ConfigError, UpdateError
+from fleet.errors import TOO_FEW, ConfigError, UpdateError
 from fleet.message import Enrolment, content_bytes, read_enrolment
 from strategies.streaming import StreamingGrid
 
@@ -72,8 +72,8 @@ class Roster:
                 return dict(sorted(names.items()))
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{len(names)} clients are online after {self._timeout:.0f} s, min-clients "
-                    f"is {min_clients}; start more, or lower it"
+                    f"{TOO_FEW}{len(names)} online after {self._timeout:.0f} s, min-clients is "
+                    f"{min_clients}; start more, or lower it"
                     + "".join(f"\n  refused: {reason}" for reason in sorted(self._reasons))
                 )
             log(INFO, "waiting for clients: %d of %d", len(names), min_clients)

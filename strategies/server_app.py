@@ -28,7 +28,8 @@ from fleet.trained import facts_of
 from strategies.algorithm import Algorithm, algorithm
 from strategies.fleet_strategy import FleetStrategy
 from strategies.head_start import HeadStarter
-from strategies.prompt_grid import prompt
+from strategies.patience import Patience
+from strategies.prompt_grid import PromptGrid, prompt
 from strategies.resume import Keeper, Standing, standing
 from strategies.sampling import Roster
 
@@ -73,7 +74,8 @@ def run(grid: Grid, config: RunConfig) -> None:
         clients = kept.clients if kept else len(online)
         record = _record(config, clients, while_it_runs)
         log(INFO, "records go to %s", record.path)
-        strategy, keeper = _strategy(roster, config, kept, model, record, clients, test)
+        patience = Patience(federation.rounds) if isinstance(grid, PromptGrid) else None
+        strategy, keeper = _strategy(roster, config, kept, model, record, clients, test, patience)
         strategy.run(grid)
         keeper.finish()
         _conclude(record, config, model.plan)
@@ -96,12 +98,14 @@ def _strategy(
     record: RunRecord,
     clients: int,
     test: ImageData | None,
+    patience: Patience | None,
 ) -> tuple[FleetStrategy, Keeper]:
     """The strategy as it begins, or goes on, and what keeps its rounds.
 
     Args:
         clients: of the fleet as the run began.
         test: held-out images; None leaves evaluation to the clients.
+        patience: with devices; simulated clients would not change their minds.
     """
     federation = config.federation
     facts = {
@@ -116,6 +120,8 @@ def _strategy(
     def end_round(report: RoundReport) -> None:
         _check_loss(report, federation.server_learning_rate)
         keeper.end_round(strategy, report)
+        if patience is not None:
+            patience.after(report)
 
     strategy = FleetStrategy(
         capture(model.backbone.model, model.plan),

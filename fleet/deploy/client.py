@@ -18,7 +18,7 @@ from fleet.deploy import notify
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import Bundle
 from fleet.deploy.device_status import Asker, Seen
-from fleet.deploy.diagnosis import Diagnosis, diagnose, last_error
+from fleet.deploy.diagnosis import Diagnosis, diagnose, last_words
 from fleet.deploy.flower_process import (
     DEVICE_POLL_SECONDS,
     flower_environment,
@@ -206,14 +206,14 @@ class Watchdog:
         if bundle is not None:
             self._asker = Asker(bundle.server, STATUS_PATH, bundle.key_path, bundle.authority_path)
 
-    def judge(self, ending: Ending) -> Diagnosis:
+    def judge(self, ending: Ending) -> Diagnosis | None:
         """Why the SuperNode ended."""
         self.seen = self._ask()
         if self.options.bundle is not None:
             return diagnose(ending, self.seen, self.options.bundle)
         if self.seen.status == "unreachable":
             return Diagnosis(f"the server at {self.options.address} cannot be reached", 0.0)
-        return Diagnosis(last_error(ending.tail), 0.0)
+        return last_words(ending)
 
     def run(self, supervisor: Supervisor) -> None:
         """Ask now and then, and restart a SuperNode that the server does not see."""

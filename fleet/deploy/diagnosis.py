@@ -32,8 +32,8 @@ class Diagnosis:
     pause: float
 
 
-def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
-    """Why the SuperNode ended.
+def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis | None:
+    """Why the SuperNode ended; None: nothing is known beyond how.
 
     Args:
         ending: of its process.
@@ -77,7 +77,12 @@ def diagnose(ending: Ending, seen: Seen, bundle: Bundle) -> Diagnosis:
         )
     if ending.code == 0:  # what Flower does when it is refused, and nobody has asked it to end
         return Diagnosis("the server refused its key or clock then, and does not now", 0.0)
-    return Diagnosis(last_error(ending.tail), 0.0)
+    return last_words(ending)
+
+
+def last_words(ending: Ending) -> Diagnosis | None:
+    """What a process said last; one that was killed had no time to say why."""
+    return None if ending.code < 0 else Diagnosis(last_error(ending.tail), 0.0)
 
 
 def last_error(tail: tuple[str, ...]) -> str:

@@ -27,7 +27,7 @@ from fleet.deploy.wishes import (
     Wish,
     Wishes,
 )
-from fleet.errors import CANNOT_BEGIN, ConfigError, FleetError
+from fleet.errors import CANNOT_BEGIN, TOO_FEW, ConfigError, FleetError
 from fleet.records import RunRecord
 
 MOST_FRUITLESS = 3
@@ -143,7 +143,9 @@ class RunKeeper:
     def _lost(
         self, name: str, wish: Wish, standing: Standing, reason: str, missing: str
     ) -> Standing:
-        fruitless = 0 if _rounds(wish) > standing.rounds else standing.fruitless + (not missing)
+        # It may have waited for devices that are there again by now.
+        waited = bool(missing) or TOO_FEW in reason
+        fruitless = 0 if _rounds(wish) > standing.rounds else standing.fruitless + (not waited)
         if fruitless >= MOST_FRUITLESS:
             return replace(
                 standing,

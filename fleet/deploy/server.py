@@ -20,7 +20,7 @@ from fleet.deploy import notify, private_files
 from fleet.deploy.addresses import Address, is_loopback
 from fleet.deploy.certificates import expiry
 from fleet.deploy.control import Control, ControlError
-from fleet.deploy.diagnosis import Diagnosis, last_error
+from fleet.deploy.diagnosis import last_words
 from fleet.deploy.flower_process import (
     SERVER_POLL_SECONDS,
     flower_environment,
@@ -33,7 +33,7 @@ from fleet.deploy.registry import read_devices
 from fleet.deploy.room import want_of_room
 from fleet.deploy.run_keeper import RunKeeper
 from fleet.deploy.superlink import cannot_listen, listening_sockets
-from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
+from fleet.deploy.supervisor import Backoff, Child, Supervisor
 from fleet.deploy.wishes import Wishes
 from fleet.errors import ConfigError, FleetError
 
@@ -160,16 +160,11 @@ def _children(options: ServerOptions) -> list[Child]:
             name,
             lambda command=command: command,
             environment,
-            judge=_judge,
+            judge=last_words,
             backoff=Backoff(first=0.2, most=15.0),
         )
         for name, command in ((SUPERLINK, superlink), (SUPEREXEC, superexec))
     ]
-
-
-def _judge(ending: Ending) -> Diagnosis | None:
-    """Why a process of Flower's ended: what it said last, unless it had no time to."""
-    return Diagnosis(last_error(ending.tail), pause=0.0) if ending.code >= 0 else None
 
 
 def _tell_if_taken(options: ServerOptions) -> None:

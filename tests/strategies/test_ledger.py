@@ -17,6 +17,18 @@ def test_a_reason_is_kept_and_another_is_put_behind_it():
     }
 
 
+def test_what_keeps_a_client_from_training_and_from_evaluating_is_booked_once():
+    ledger = Ledger()
+    ledger.refuse("pi-1", "it is too hot")
+    ledger.refuse("pi-1", "it is too hot", "evaluation: ")
+    ledger.refuse("pi-1", "its disk is full", "evaluation: ")
+    ledger.refuse("pi-2", "its disk is full", "evaluation: ")
+    assert ledger.refused == {
+        "pi-1": "it is too hot; evaluation: its disk is full",
+        "pi-2": "evaluation: its disk is full",
+    }
+
+
 def test_a_reason_said_over_and_over_is_booked_once():
     ledger = Ledger()
     for _ in range(1000):

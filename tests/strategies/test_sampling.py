@@ -87,7 +87,9 @@ def test_too_few_clients_end_the_wait_with_the_reasons(scripted_grid):
             5: lambda m: None,
         }
     )
-    with pytest.raises(ConfigError, match=r"1 clients are online after 0 s, min-clients is 3") as e:
+    with pytest.raises(
+        ConfigError, match=r"too few clients came: 1 online after 0 s, min-clients is 3"
+    ) as e:
         Roster(grid, timeout=0.05).online(3)
     reasons = str(e.value).splitlines()[1:]
     assert len(reasons) == 3

@@ -271,7 +271,7 @@ def test_what_keeps_a_run_from_beginning_is_told_as_such(launch, setting, why):
 
 
 def test_too_few_clients_do_not_keep_a_run_from_beginning(launch):
-    with pytest.raises(ConfigError, match="3 clients are online after 1 s") as caught:
+    with pytest.raises(ConfigError, match="3 online after 1 s") as caught:
         launch(min_clients=4, round_timeout=1.0)
     assert CANNOT_BEGIN not in str(caught.value)
 

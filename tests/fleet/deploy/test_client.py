@@ -60,13 +60,17 @@ def ending(code, *tail):
         (HALF_DEAD, ("ERROR: x died", "y"), Seen("online", 0.0), r"in part only \(ERROR: x", 0),
         (1, ("starting", "ValueError: odd", "bye"), Seen("online", 0.0), "ValueError: odd", 0),
         (0, ("INFO : bye",), Seen("offline", 0.0), "refused its key or clock then", 0),
-        (-9, (), Seen("online", 0.0), "it said nothing", 0),
+        (1, (), Seen("online", 0.0), "it said nothing", 0),
     ],
 )
 def test_an_ending_is_explained_with_the_way_out(bundle, code, tail, seen, reason, pause):
     diagnosis = diagnose(ending(code, *tail), seen, bundle)
     assert re.search(reason, diagnosis.reason), diagnosis.reason
     assert diagnosis.pause == pause
+
+
+def test_what_one_that_was_killed_said_last_is_no_reason(bundle):
+    assert diagnose(ending(-9, "ERROR : no more heartbeats"), Seen("online", 0.0), bundle) is None
 
 
 class FakeSupervisor:

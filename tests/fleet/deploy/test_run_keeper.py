@@ -222,11 +222,18 @@ def test_for_want_of_devices_it_waits_and_is_never_given_up(wishes, flower, atte
         flower.online = 2
         assert attend().status == "running"
         flower.online = 0
-        flower.end("failed", "0 clients are online after 600 s")
+        flower.end("failed", "too few clients came: 0 online after 600 s")
         assert (attend().status, attend().fruitless) == ("waiting", 0)
     flower.online = 2
     standing = attend()
     assert (standing.status, standing.reason) == ("running", "")
+
+
+def test_devices_that_were_gone_for_a_while_do_not_count_against_it(flower, attend):
+    for _ in range(2 * MOST_FRUITLESS):
+        assert attend().status == "running"
+        flower.end("failed", "ServerApp failed: too few clients came: 1 online after 600 s")
+        assert (attend().status, attend().fruitless) == ("waiting", 0)
 
 
 def test_for_want_of_room_it_waits_and_is_never_given_up(wishes, flower, attend, monkeypatch):

@@ -20,6 +20,7 @@ from fleet.deploy import server as module
 from fleet.deploy.addresses import Address
 from fleet.deploy.app_bundle import LEFT_OUT, app_files, build_app
 from fleet.deploy.control import ControlError
+from fleet.deploy.diagnosis import last_words
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
 from fleet.deploy.provisioning import Provisioner
 from fleet.deploy.server import Attendant, ServerOptions, answers
@@ -536,5 +537,5 @@ def test_a_damaged_wish_hides_none_of_the_others_and_keeps_none_from_beginning(
     [(1, ("INFO: x", "cannot listen on 0.0.0.0, port 80: in use"), "cannot listen"), (-9, (), "")],
 )
 def test_why_a_process_of_flowers_ended_is_what_it_said_last(code, tail, reason):
-    verdict = module._judge(Ending(code, 1.0, tail))
+    verdict = last_words(Ending(code, 1.0, tail))
     assert reason in (verdict.reason if verdict else "") and bool(verdict) == bool(reason)
