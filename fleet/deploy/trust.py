@@ -76,7 +76,7 @@ def refuse_by_name(loop: ModuleType, apps: "Apps | None") -> None:
     def pull_trusted(
         *, get_fab: Any, node_config: Any, trusted_entities: dict[str, str] | None, **others: Any
     ) -> Any:
-        trusted = trusted_entities and _by_id(trusted_entities)
+        trusted = None if trusted_entities is None else _by_id(trusted_entities)
 
         def get_verified(fab_hash: str, run_id: int) -> Any:
             kept = apps.find(fab_hash) if apps and trusted else None
@@ -98,13 +98,15 @@ def refuse_by_name(loop: ModuleType, apps: "Apps | None") -> None:
 
 
 def _by_id(trusted: Mapping[str, str]) -> dict[str, str]:
-    return {key_id(read_public_key(key.encode(), name)): key for name, key in trusted.items()}
+    keys = {key_id(read_public_key(key.encode(), name)): key for name, key in trusted.items()}
+    # Of a file that was emptied since: Flower takes nobody for everybody.
+    return keys or {"nobody": ""}
 
 
 def _reason(trusted: Mapping[str, str], verifications: Mapping[str, str]) -> str:
     signers = ", ".join(sorted(set(verifications) - {"valid_license"})) or "nobody"
+    names = " or ".join(map(str, trusted)) or "nobody"
     return (
-        f"{REFUSES} {' or '.join(trusted)}, and this one is signed by {signers}; start the run "
-        f"with: fleet run --sign KEY, or add the signer's public key to the device's "
-        f"--trusted-entities"
+        f"{REFUSES} {names}, and this one is signed by {signers}; start the run with: fleet run "
+        f"--sign KEY, or add the signer's public key to the device's --trusted-entities"
     )

@@ -108,6 +108,12 @@ def test_without_trusted_keys_every_app_is_run():
     assert Device(None).refusal(fab({})) is None
 
 
+@pytest.mark.parametrize("signatures", [{}, signed(OPS), {"nobody": "{}"}])
+def test_a_file_that_was_emptied_since_trusts_nobody(signatures):
+    """Flower itself would then run every app."""
+    assert "signed by nobody, and this" in Device({}).refusal(fab(signatures))
+
+
 @pytest.mark.parametrize(
     ("sent", "signers"),
     [
