@@ -1,5 +1,6 @@
 """`fleet run`."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,14 @@ _POLL_SECONDS = 0.5
     metavar="KEY=VALUE",
     help="A setting by its name, as in a recipe; may be given several times.",
 )
+@click.option(
+    "--sign",
+    "key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="KEY",
+    help="Sign the app with this Ed25519 key of OpenSSH's, for devices with --trusted-entities; "
+    "a public one (.pub): with the SSH agent's.",
+)
 @click.option("--detach", is_flag=True, help="Do not follow the run.")
 @click.option("--resume", "resumed", metavar="RUN", help="Let a run that is over go on, or follow.")
 @click.option(
@@ -56,6 +65,7 @@ def command(
     folder: Path,
     name: str | None,
     assignments: tuple[str, ...],
+    key: Path | None,
     detach: bool,
     resumed: str | None,
     beside: bool,
@@ -78,7 +88,13 @@ def command(
     wishes = Wishes(server.runs_path.absolute())
     settings = {k.replace("_", "-"): v for k, v in options.items() if v is not None}
     settings |= dict(map(read_assignment, assignments))
-    given = {"--resume": resumed, "--stop": stopped, "--list": listed, "--name": name}
+    given = {
+        "--resume": resumed,
+        "--stop": stopped,
+        "--list": listed,
+        "--name": name,
+        "--sign": key,
+    }
     _check_one_wish(given, settings)
     if listed:
         _show_list(wishes, output_format)
@@ -96,7 +112,7 @@ def command(
     else:
         _check_alone(wishes, name, beside)
         name = name or time.strftime("%Y%m%d-%H%M%S")
-        _wish(wishes, name, settings)
+        _wish(wishes, name, settings, key)
     if detach:
         click.echo(f"run {name} is submitted; follow it with: fleet run --resume {name}")
         return
@@ -106,7 +122,7 @@ def command(
 def _check_one_wish(given: dict[str, object], settings: dict[str, Value]) -> None:
     """--resume, --stop and --list stand alone."""
     wishes = [option for option in ("--resume", "--stop", "--list") if given[option]]
-    if len(wishes) > 1 or (wishes and (settings or given["--name"])):
+    if len(wishes) > 1 or (wishes and (settings or given["--name"] or given["--sign"])):
         raise ConfigError(f"{wishes[0]} stands alone: a run that there is keeps its settings")
 
 
@@ -136,7 +152,7 @@ def _rounds_on_record(record: RunRecord) -> int:
     return sum(1 for _ in record.rounds()) if record.config_path.is_file() else 0
 
 
-def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
+def _wish(wishes: "Wishes", name: str, settings: dict[str, Value], key: Path | None) -> None:
     from fleet.deploy.app_bundle import build_app
     from fleet.deploy.wishes import Wish
 
@@ -145,10 +161,23 @@ def _wish(wishes: "Wishes", name: str, settings: dict[str, Value]) -> None:
         settings["run-dir"] = str(wishes.folder / name)
     config = read_config(settings)
     _check_files(config)
+    app = build_app()
+    signatures = _signatures(app, key) if key is not None else {}
     # The server works in another folder than the user.
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | _absolute_paths(config) | {"run-dir": str(record.path)}
-    wishes.make(name, Wish(run_dir=str(record.path), settings=final), build_app())
+    wish = Wish(run_dir=str(record.path), settings=final, signatures=signatures)
+    wishes.make(name, wish, app)
+
+
+def _signatures(app: bytes, key: Path) -> dict[str, str]:
+    from fleet.deploy.signing import open_signer, sign_app
+
+    def ask() -> str | None:
+        terminal = sys.stdin.isatty()
+        return click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if terminal else None
+
+    return sign_app(app, open_signer(key, ask))
 
 
 def _check_files(config: RunConfig) -> None:

@@ -30,6 +30,7 @@ from fleet.deploy.room import want_of_room
 from fleet.deploy.server import answers
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
+from fleet.deploy.trust import REFUSES, read_trusted
 from fleet.errors import ConfigError
 
 SUPERNODE = "supernode"
@@ -66,7 +67,7 @@ class ClientOptions:
 
         Raises:
             ConfigError: for settings that nothing reads, data that is no folder, weights that
-                are no file, or a server elsewhere without keys.
+                are no file, trusted keys that are none, or a server elsewhere without keys.
         """
         if self.bundle is None and (self.server is None or not self.server.loopback):
             raise ConfigError(
@@ -90,8 +91,8 @@ class ClientOptions:
             raise ConfigError(
                 f"--data {data} is no folder; name one that has a folder of images for each class"
             )
-        if self.trusted_entities is not None and not self.trusted_entities.is_file():
-            raise ConfigError(f"--trusted-entities {self.trusted_entities} is no file")
+        if self.trusted_entities is not None:
+            read_trusted(self.trusted_entities)
 
     @property
     def address(self) -> Address:
@@ -121,6 +122,7 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
             lambda: _command(options),
             environment,
             judge=watchdog.judge,
+            hear=_tell_of_refusal,
             backoff=Backoff(first=1.0, most=15.0),
         )
         supervisor = Supervisor([child], options.state / "logs", options.state)
@@ -155,6 +157,13 @@ def _tell_if_empty(data: Path) -> None:
             data,
             data / "CLASS" / "image.jpg",
         )
+
+
+def _tell_of_refusal(line: str) -> None:
+    """What of the SuperNode's log somebody has to do something about."""
+    _, mark, reason = line.partition(REFUSES)
+    if mark:
+        _log.warning("this device %s%s", mark, reason)
 
 
 def _command(options: ClientOptions) -> list[str]:

@@ -107,8 +107,10 @@ class Control:
         with _translated(f"unregister node {node_id}"):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
-    def start_run(self, app: bytes, settings: Mapping[str, Any]) -> int:
-        """Submit an app bundle; returns Flower's number of the run."""
+    def start_run(
+        self, app: bytes, settings: Mapping[str, Any], signatures: Mapping[str, str]
+    ) -> int:
+        """Submit an app bundle with its signatures; returns Flower's number of the run."""
         import hashlib
 
         from flwr.common.serde import fab_to_proto, user_config_to_proto
@@ -116,7 +118,7 @@ class Control:
         from flwr.supercore.fab import Fab
 
         request = StartRunRequest(
-            fab=fab_to_proto(Fab(hashlib.sha256(app).hexdigest(), app, {})),
+            fab=fab_to_proto(Fab(hashlib.sha256(app).hexdigest(), app, dict(signatures))),
             override_config=user_config_to_proto(dict(settings)),
         )
         with _translated("start the run"):

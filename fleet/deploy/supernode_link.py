@@ -7,7 +7,8 @@ nothing to do looks for a message every 3 s, which in a run of short rounds is m
 what a round takes.
 
 A connection that nobody uses for 5 s is closed, and the app of a run is fetched anew for
-each; `fleet.deploy.fleet_client` does neither.
+each; `fleet.deploy.fleet_client` does neither. And a device that refuses an app does not
+say which it is; `fleet.deploy.trust` does.
 
 A heartbeat has 5 s to be answered. Where an answer takes two, and a connection that was
 reset is made anew with three, a device so comes to count as offline while it works.
@@ -45,6 +46,7 @@ def improve() -> None:
         (wait_for_heartbeats, fleet_http_client),
         (send_late_replies, start_client_internal),
         (look_sooner, start_client_internal),
+        (name_refusals, start_client_internal),
     ):
         try:
             change(module)
@@ -87,9 +89,20 @@ def keep_connection(connection: ModuleType) -> None:
     """
     from fleet.deploy.fleet_client import patient_client
 
-    state = os.environ.get("FLEET_STATE")
-    apps = Path(state) / "apps" if state else None
-    connection.FleetHttpClient = patient_client(connection.FleetHttpClient, apps)
+    connection.FleetHttpClient = patient_client(connection.FleetHttpClient, _apps_folder())
+
+
+def name_refusals(loop: ModuleType) -> None:
+    """Let a device that refuses an app say which it is, and why.
+
+    Args:
+        loop: `flwr.supernode.start_client_internal`.
+    """
+    from fleet.deploy.fleet_client import Apps
+    from fleet.deploy.trust import refuse_by_name
+
+    folder = _apps_folder()
+    refuse_by_name(loop, Apps(folder) if folder else None)
 
 
 def wait_for_heartbeats(client: ModuleType) -> None:
@@ -126,6 +139,11 @@ def look_sooner(loop: ModuleType, clock: Callable[[], float] = time.monotonic) -
     loop._pull_and_store_message = pull_and_remember
     # Of that module alone: `time` itself belongs to everybody.
     loop.time = SimpleNamespace(**{**vars(loop.time), "sleep": sleep_less})
+
+
+def _apps_folder() -> Path | None:
+    state = os.environ.get("FLEET_STATE")
+    return Path(state) / "apps" if state else None
 
 
 def send_late_replies(loop: Any) -> None:

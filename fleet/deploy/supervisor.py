@@ -91,12 +91,14 @@ class Child:
         command: makes its command line, anew for each start.
         environment: all of its variables.
         judge: says why it ended and how long to wait at least; None: nothing to say.
+        hear: is given every line that it prints, in a thread of its own.
     """
 
     name: str
     command: Callable[[], Sequence[str]]
     environment: Mapping[str, str]
     judge: Callable[[Ending], Verdict | None] = lambda ending: None
+    hear: Callable[[str], None] = lambda line: None
     backoff: Backoff = field(default_factory=Backoff)
 
 
@@ -214,7 +216,7 @@ class _Running:
             _log.error("cannot start %s: %s; again in %.0f s", self.child.name, error, pause)
             self.start_at = time.monotonic() + pause
             return
-        self._output = _Output(self._process, self._log)
+        self._output = _Output(self._process, self._log, self.child.hear)
         self.started = time.monotonic()
         self.starts += 1
         if self.starts == 1:
@@ -238,9 +240,14 @@ class _Running:
 class _Output:
     """Reads what a process prints: into its log, and the last lines to be told."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: logging.Handler) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        log: logging.Handler,
+        hear: Callable[[str], None],
+    ) -> None:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._pipe, self._log = process.stdout, log
+        self._pipe, self._log, self._hear = process.stdout, log, hear
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -256,6 +263,7 @@ class _Output:
                 line = _COLOURS.sub("", raw.decode(errors="replace")).rstrip()
                 self._tail.append(line)
                 self._log.handle(logging.makeLogRecord({"msg": line, "levelno": logging.INFO}))
+                self._hear(line)
 
 
 def end_family(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,12 +43,14 @@ class Wish:
     Attributes:
         run_dir: absolute path of its record.
         settings: all of them, by the names of the run configuration.
+        signatures: of the app, `fleet.deploy.signing.sign_app`; without one, none.
         wanted: False once it is to be stopped.
         attempt: rises each time that somebody asks for it to go on.
     """
 
     run_dir: str
     settings: Mapping[str, Value]
+    signatures: Mapping[str, str] = field(default_factory=dict)
     wanted: bool = True
     attempt: int = 1
 

@@ -193,7 +193,10 @@ def run(*arguments):
         (["--insecure", "--weights", "/no/file.pth"], "--weights /no/file.pth is no file; name a"),
         (["--insecure", "--set", "weights=/no/file.pth"], "--weights /no/file.pth is no file"),
         (["--insecure", "--weights", "/"], "or one of: default, imagenet, none"),
-        (["--insecure", "--trusted-entities", "no.yaml"], "no.yaml is no file"),
+        (
+            ["--insecure", "--trusted-entities", "no.yaml"],
+            "there is no file of trusted keys, no.yaml; write a line NAME: ssh-ed25519 AAAA…",
+        ),
     ],
 )
 def test_the_command_refuses_what_cannot_be(tmp_path, arguments, complaint):

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ class FakeFlower:
     def __init__(self):
         self.runs = {}
         self.submitted = []
+        self.signatures = []
         self.refusal = None
         self.away = False
         self.online = 2
@@ -27,11 +28,12 @@ class FakeFlower:
         absent = Node(9, b"absent", "offline")
         return [Node(i, b"%d" % i, "online") for i in range(self.online)] + [absent]
 
-    def start_run(self, app, settings):
+    def start_run(self, app, settings, signatures):
         self._answer()
         if self.refusal:
             raise ControlError(self.refusal, refused=True)
         self.submitted.append((app, settings))
+        self.signatures.append(signatures)
         number = 2**63 + len(self.submitted)  # Flower's numbers have 64 bits
         self.runs[number] = FlowerRun("running", "", "")
         return number
@@ -120,6 +122,16 @@ def test_a_wish_is_submitted_once_with_its_settings_and_app(wishes, flower, atte
     assert app == b"app" and settings["rounds"] == 4
     assert settings["run-dir"] == wishes.read("first").run_dir
     assert not settings.get("resume", False)
+
+
+def test_every_submission_has_the_signatures_of_the_wish(tmp_path, wishes, flower, attend):
+    signed = replace(wishes.read("first"), signatures={"SHA256:a+/": '{"signed_at": 1}'})
+    wishes.write("first", signed)
+    attend()
+    flower.end("failed", "the SuperLink was away")
+    attend()
+    assert attend().submissions == 2
+    assert flower.signatures == [{"SHA256:a+/": '{"signed_at": 1}'}] * 2
 
 
 def test_a_run_that_ends_well_is_finished(wishes, flower, attend):

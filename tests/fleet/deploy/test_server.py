@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
+import pexpect
 import pytest
 from click.testing import CliRunner
 
@@ -28,6 +29,7 @@ from fleet.deploy.supervisor import Ending
 from fleet.deploy.wishes import Standing, Wishes
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, to_json
+from tests.ssh_keys import fingerprint, make_key, public, verified
 
 
 @pytest.fixture
@@ -424,6 +426,44 @@ def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monk
     assert wishes.app("one") == build_app()
 
 
+def test_a_wish_holds_the_apps_signature_and_not_the_key(folder, tmp_path):
+    key = make_key(tmp_path / "ops")
+    with folder.alone():
+        result = run("run", "--dir", folder.path, "--name", "one", "--detach", "--sign", key)
+    assert result.exit_code == 0, result.output
+    wishes = Wishes(folder.runs_path)
+    signatures = wishes.read("one").signatures
+    assert verified(wishes.app("one"), signatures, {fingerprint(key): public(key)})
+    assert not [p for p in folder.path.rglob("*") if p.is_file() and b"OPENSSH" in p.read_bytes()]
+
+
+def test_a_passphrase_is_asked_for_on_a_terminal(folder, tmp_path):
+    pytest.importorskip("bcrypt")
+    key = make_key(tmp_path / "ops", passphrase="secret")
+    command = ["-m", "fleet.cli", "run", "--dir", folder.path, "--name", "one", "--detach"]
+    with folder.alone():
+        terminal = pexpect.spawn(
+            sys.executable, [*map(str, command), "--sign", str(key)], timeout=120, encoding="utf-8"
+        )
+        terminal.expect_exact("Passphrase of ")
+        terminal.waitnoecho()
+        terminal.sendline("secret")
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+    assert terminal.exitstatus == 0, terminal.before
+    wishes = Wishes(folder.runs_path)
+    trusted = {fingerprint(key): public(key)}
+    assert verified(wishes.app("one"), wishes.read("one").signatures, trusted)
+
+
+def test_a_passphrase_is_not_asked_for_without_a_terminal(folder, tmp_path):
+    key = make_key(tmp_path / "ops", passphrase="secret")
+    with folder.alone():
+        result = run("run", "--dir", folder.path, "--detach", "--sign", key)
+    assert result.exit_code == 1 and "there is no terminal to ask for it" in result.output
+    assert not list(folder.path.glob("runs/*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -437,6 +477,8 @@ def test_a_wish_holds_every_setting_and_paths_that_the_server_finds(folder, monk
         (["--stop", "x"], "there is no run x; fleet run --list shows all"),
         (["--stop", "x", "--rounds", "3"], "--stop stands alone"),
         (["--stop", "x", "--resume", "y"], "--resume stands alone"),
+        (["--sign", "no/key"], "there is no key to sign with, no/key; make one with: ssh-keygen"),
+        (["--resume", "x", "--sign", "key"], "--resume stands alone"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, arguments, complaint):

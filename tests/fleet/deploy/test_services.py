@@ -92,6 +92,23 @@ def test_paths_are_absolute_and_links_are_followed(client, tmp_path, monkeypatch
     assert service.readable == [tmp_path / "pi-01.tar.gz", tmp_path / "images"]
 
 
+@pytest.mark.parametrize("form", ["{0} {1}", "{0}={1}"])
+def test_trusted_keys_are_seen_by_the_service_wherever_they_lie(
+    client, tmp_path, monkeypatch, form
+):
+    (tmp_path / "keys.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = form.format("--trusted-entities", "keys.yaml").split()
+    service = client(arguments=["--cold", *arguments])
+    path = tmp_path / "keys.yaml"
+    assert service.readable[2:] == [path]
+    expected = form.format("--trusted-entities", path).split()
+    assert service.command[-len(expected) - 1 :] == ["--cold", *expected]
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"keys\.yaml is not there; the service could not start"):
+        services.check(service)
+
+
 def test_the_program_is_seen_in_its_environment(client):
     folders = program_folders()
     assert client().program == folders

@@ -1,11 +1,21 @@
 import asyncio
+import hashlib
 import json
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from fleet.deploy.superlink import STATUS_PATH, Guard, device_status, listening_sockets, may_pass
+from fleet.deploy.app_bundle import build_app
+from fleet.deploy.superlink import (
+    STATUS_PATH,
+    Guard,
+    device_status,
+    keep_signatures,
+    listening_sockets,
+    may_pass,
+)
 
 OUTSIDE, LOOPBACK = ("192.168.1.77", 40000), ("127.0.0.1", 40000)
 
@@ -131,3 +141,50 @@ def test_a_device_is_seen_as_flower_sees_it(linkstate):
     assert device_status(linkstate, b"key") == {"status": "offline"}
     linkstate.delete_node("aid", node)
     assert device_status(linkstate, b"key") == {"status": "unknown"}
+
+
+@pytest.fixture
+def submit(linkstate):
+    """Function of an app and its signatures, which Flower's own handler starts a run of.
+
+    It returns the signatures that a device is handed.
+    """
+    from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+    from flwr.common.serde import fab_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.auth.typing import AccountInfo
+    from flwr.supercore.fab import Fab
+    from flwr.superlink.servicer.control import control_handlers
+
+    handlers = SimpleNamespace(**vars(control_handlers))
+    keep_signatures(handlers)
+    account = AccountInfo(flwr_aid=NOOP_FLWR_AID, account_name=NOOP_ACCOUNT_NAME)
+
+    def submit(app, signatures, start_run=handlers.start_run):
+        fab = Fab(hashlib.sha256(app).hexdigest(), app, signatures)
+        answer = start_run(StartRunRequest(fab=fab_to_proto(fab)), account, linkstate, None)
+        (run,) = linkstate.get_run_info(run_ids=[answer.run_id])
+        return linkstate.get_fab(run.fab_hash).verifications
+
+    return submit
+
+
+def test_an_app_keeps_the_signatures_that_it_is_submitted_with(submit):
+    app = build_app()
+    assert submit(app, {}) == {"valid_license": "Valid"}
+    first = {"valid_license": "Valid", "SHA256:one": "{}"}
+    assert submit(app, {"SHA256:one": "{}"}) == first
+    assert submit(app, {}) == first  # what was signed before stays so
+    assert submit(app, {"SHA256:two": "[]"}) == first | {"SHA256:two": "[]"}
+
+
+def test_flowers_own_handler_drops_signatures(submit):
+    """What there is to mend: if it keeps them, it is mended."""
+    from flwr.superlink.servicer.control import control_handlers
+
+    assert submit(build_app(), {"SHA256:one": "{}"}, control_handlers.start_run) == {}
+
+
+def test_a_flower_that_starts_runs_elsewhere_is_not_served():
+    with pytest.raises(AttributeError, match="start_run"):
+        keep_signatures(SimpleNamespace())

@@ -239,3 +239,9 @@ def test_a_process_of_ours_ends_when_its_parent_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     eventually(lambda: not alive(child_pid))
+
+
+def test_what_a_child_prints_is_heard_line_by_line(keep):
+    heard = []
+    keep(child("talker", 'print("\\x1b[91mone\\x1b[0m\\ntwo")', hear=heard.append))
+    eventually(lambda: heard[:2] == ["one", "two"])
