@@ -4,8 +4,8 @@ python -m simulations.benchmark_deployment --out deployment.md
 
 `fleet provision`, `fleet server`, three `fleet client`s and `fleet run`, over TLS with
 keys, each in a process of its own, as on three devices and a server. First rounds of
-next to no training: what they take is the fleet's own. Then one device is looked at
-while it trains by MobileTL and by the full model.
+next to no training: what they take is the fleet's own, and whose processes it takes CPU of.
+Then one device is looked at while it trains by MobileTL and by the full model.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ SHORT: Mapping[str, Value] = {
 }
 # As a device would train for real.
 LONG: Mapping[str, Value] = {"image-size": 128, "batch-size": 16, "local-epochs": 1, "rounds": 2}
+# What stands in the command line of a part's processes; the first that does decides.
+PARTS: Mapping[str, str] = {
+    "deploy.superlink": "SuperLink",
+    "serverapp": "ServerApp",
+    "deploy.supernode": "SuperNodes",
+    "clients.executor": "ClientApps, and what starts them",
+    "": "supervisors and the server's SuperExec",
+}
 METHODS: Mapping[str, Mapping[str, Value]] = {
     "mobiletl, k = 3": {"method": "mobiletl", "blocks": "3"},
     "full": {"method": "full"},
@@ -60,11 +69,17 @@ class Fleet:
 
     Attributes:
         folder: of all they write.
+        server: `fleet server`.
         clients: device → its `fleet client`.
     """
 
     folder: Path
+    server: psutil.Process
     clients: Mapping[str, psutil.Process]
+
+    def record(self, name: str) -> RunRecord:
+        """Of a run."""
+        return RunRecord(self.folder / "server" / "runs" / name)
 
     def run(self, name: str, settings: Mapping[str, Value]) -> list[RoundReport]:
         """All rounds of a run after round 0."""
@@ -77,7 +92,7 @@ class Fleet:
                 timeout=RUN_SECONDS,
                 check=True,
             )
-        return list(RunRecord(self.folder / "server" / "runs" / name).rounds())[1:]
+        return list(self.record(name).rounds())[1:]
 
 
 @contextlib.contextmanager
@@ -108,8 +123,8 @@ def running(folder: Path, cold: bool) -> Iterator[Fleet]:
             "all devices registered",
             lambda: all(f"{n} may take part" in _log(folder, "server") for n in names),
         )
-        clients = (psutil.Process(process.pid) for process in started[1:])
-        yield Fleet(folder, dict(zip(names, clients, strict=True)))
+        server, *clients = (psutil.Process(process.pid) for process in started)
+        yield Fleet(folder, server, dict(zip(names, clients, strict=True)))
     finally:
         for process in started:
             process.terminate()
@@ -117,11 +132,68 @@ def running(folder: Path, cold: bool) -> Iterator[Fleet]:
             process.wait(60)
 
 
-def time_rounds(fleet: Fleet) -> tuple[float, float]:
-    """Seconds of a round beyond its slowest client's training: median and most."""
-    rounds = fleet.run("short", _all_take_part(SHORT))[1:]  # the first one loads the model
-    beyond = [report.seconds - max(c.seconds for c in report.clients) for report in rounds]
-    return median(beyond), max(beyond)
+@dataclass(frozen=True)
+class RoundCost:
+    """What a round takes.
+
+    Attributes:
+        seconds, most: beyond its slowest client's training: median, and of the longest.
+        training: seconds of the slowest client's training, median.
+        cpu_seconds: part of the fleet → of all its processes, mean; training included.
+    """
+
+    seconds: float
+    most: float
+    training: float
+    cpu_seconds: Mapping[str, float]
+
+
+def time_rounds(fleet: Fleet) -> RoundCost:
+    """What short rounds take, without the first, which loads the model."""
+    with _watching_cpu(fleet, "short") as used_after:
+        rounds = fleet.run("short", _all_take_part(SHORT))[1:]
+    training = [max(client.seconds for client in report.clients) for report in rounds]
+    beyond = [report.seconds - own for report, own in zip(rounds, training, strict=True)]
+    # Round 0 is on record too; what a look has not seen belongs to the round that is under way.
+    first, last = used_after[2], used_after[max(used_after)]
+    count = max(used_after) - 2
+    cpu = {part: (last[part] - first[part]) / count for part in last}
+    return RoundCost(median(beyond), max(beyond), median(training), cpu)
+
+
+@contextlib.contextmanager
+def _watching_cpu(fleet: Fleet, run: str) -> Iterator[dict[int, dict[str, float]]]:
+    """Rounds on record → part → CPU seconds that its processes had used up by then.
+
+    A ClientApp lives for one message: what it uses after the last look at it is missed.
+    """
+    used: dict[int, tuple[str, float]] = {}  # process id → part, CPU seconds
+    after: dict[int, dict[str, float]] = {}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_SECONDS):
+            for root in (fleet.server, *fleet.clients.values()):
+                for process in (root, *root.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        times, words = process.cpu_times(), " ".join(process.cmdline())
+                        part = next(name for mark, name in PARTS.items() if mark in words)
+                        used[process.pid] = part, times.user + times.system
+            record = fleet.record(run)
+            rounds = len(list(record.rounds())) if record.config_path.is_file() else 0
+            if rounds not in after:
+                parts = dict.fromkeys(PARTS.values(), 0.0)
+                for part, seconds in used.values():
+                    parts[part] += seconds
+                after[rounds] = parts
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield after
+    finally:
+        done.set()
+        thread.join()
 
 
 def memory_of(fleet: Fleet, device: str) -> dict[str, tuple[Peak, Peak]]:
@@ -211,12 +283,25 @@ def main(out: Path | None) -> None:
         idle_cold = held(f.clients[DEVICES[0]].pid)
     beyond = {name: (p.pss - i.pss, p.alone - i.alone) for name, (i, p) in trained.items()}
     least = [min(column) for column in zip(*beyond.values(), strict=True)]
+    both = {"warm": (warm, idle), "cold": (cold, idle_cold)}
     rounds = Grid(
         title="Seconds of a round beside training",
-        columns=("clients", "median", "most", "idle client, MiB", "alone, MiB"),
-        rows=(
-            ("warm", f"{warm[0]:.1f}", f"{warm[1]:.1f}", *_mib(idle.pss, idle.alone)),
-            ("cold", f"{cold[0]:.1f}", f"{cold[1]:.1f}", *_mib(idle_cold.pss, idle_cold.alone)),
+        columns=("clients", "median", "most", "training", "idle client, MiB", "alone, MiB"),
+        rows=tuple(
+            (
+                name,
+                *(f"{seconds:.1f}" for seconds in (cost.seconds, cost.most, cost.training)),
+                *_mib(held_idle.pss, held_idle.alone),
+            )
+            for name, (cost, held_idle) in both.items()
+        ),
+    )
+    cpu = Grid(
+        title="CPU seconds of a round, training included",
+        columns=("clients", *warm.cpu_seconds),
+        rows=tuple(
+            (name, *(f"{seconds:.1f}" for seconds in cost.cpu_seconds.values()))
+            for name, (cost, _) in both.items()
         ),
     )
     memory = Grid(
@@ -238,6 +323,7 @@ def main(out: Path | None) -> None:
             "# A fleet on real processes",
             __doc__.split("\n\n", 1)[1].strip(),
             as_markdown(rounds).strip(),
+            as_markdown(cpu).strip(),
             as_markdown(memory).strip(),
             f"Three clients on one machine, TLS, device keys; PSS of all processes of a client. "
             f"Alone: pages of files in full, as where no server and no other clients share them. "
