@@ -201,7 +201,7 @@ def run(*arguments):
         (["--insecure", "--weights", "/"], "or one of: default, imagenet, none"),
         (
             ["--insecure", "--trusted-entities", "no.yaml"],
-            "there is no file of trusted keys, no.yaml; write a line NAME: ssh-ed25519 AAAA…",
+            "no.yaml; write a line NAME: ssh-ed25519 AAAA… for each key",
         ),
     ],
 )
