@@ -7,8 +7,8 @@ from pathlib import Path
 from clients.memory import ClientMemory, state_directory
 from clients.round_memory import RoundMemory
 from fleet.config import DeviceConfig, RunConfig, Value, budget
-from fleet.errors import ConfigError
 from fleet.message import Task
+from fleet.node_settings import whole_number
 from fleet.planner import MIB, available_bytes
 
 SIMULATED_STATE = "clients"  # in the folder of the run
@@ -20,8 +20,9 @@ class Client:
 
     Attributes:
         name: stable over rounds and restarts.
-        node_config: what this device was started with. `fleet.config.NODE_SETTINGS`
-            are its own; `partition-id` and `num-partitions` come from a simulation.
+        node_config: what this device was started with. `NODE_SETTINGS` of
+            `fleet.node_settings` are its own; `partition-id` and `num-partitions` come from a
+            simulation.
         config: the run's.
     """
 
@@ -60,7 +61,7 @@ class Client:
     def blocks(self, widest: int) -> int:
         """How many of the plan's blocks this client trains."""
         if "blocks" in self.node_config:
-            return min(_whole_number("blocks", self.node_config["blocks"]), widest)
+            return min(whole_number("blocks", self.node_config["blocks"]), widest)
         if self.simulated:
             partition_id = int(self.node_config["partition-id"])
             return min(self.config.plan.blocks_of(partition_id), widest)
@@ -97,11 +98,3 @@ class Client:
         if not setting and self.config.run_dir and self.simulated:
             setting = str(Path(self.config.run_dir) / SIMULATED_STATE)
         return ClientMemory(state_directory(setting), run, self.name)
-
-
-def _whole_number(key: str, value: Value) -> int:
-    if type(value) is not int or value < 0:
-        raise ConfigError(
-            f"{key} in this node's configuration must be a whole number from 0 on, got {value!r}"
-        )
-    return value

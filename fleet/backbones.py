@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -126,6 +126,16 @@ def load_backbone(
         load_into(model, tensors, weights)
     preprocessing = _preprocessing(library, model, name, image_size)
     return read_backbone(name, model, preprocessing, num_classes, keep_head=keep_head)
+
+
+@lru_cache(maxsize=8)  # rows of a comparison mostly have a few in common
+def structure_of(name: str) -> Backbone:
+    """A backbone as far as its blocks go: weights and size make no difference to them.
+
+    Raises:
+        ConfigError: as `load_backbone`.
+    """
+    return load_backbone(name, num_classes=2, image_size=32, weights="none")
 
 
 def backbone_of(config: ModelConfig, classes: Sequence[str], seed: int) -> Backbone:

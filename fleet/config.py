@@ -8,6 +8,7 @@ same names.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -25,15 +26,6 @@ AUGMENTATIONS = ("none", "crop", "flip", "flip+crop")
 CACHES = ("off", "float16", "int8")
 MOMENTUM_DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("default", "imagenet", "none")  # or a path
-NODE_SETTINGS = (  # what a device may settle itself, in its node's configuration
-    "name",
-    "data",
-    "blocks",
-    "budget-mib",
-    "weights",
-    "soft-temperature",
-    "least-battery",
-)
 SCHEDULES = ("constant", "cosine")
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "feddyn")
 OBJECTIVES = ("plain", "fedprox", "feddyn")
@@ -168,7 +160,7 @@ class DeviceConfig:
 
     soft_temperature: float = setting(
         "soft-temperature",
-        "°C of the processor at which a device pauses until it is 5 °C cooler; 0: never",
+        "°C of the processor, up to 150, at which a device pauses until 5 °C cooler; 0: never",
     )
     least_battery: float = setting(
         "least-battery",
@@ -219,7 +211,12 @@ class LocalConfig:
         _check_one_of("stash", self.stash, STASHES)
         _check_one_of("schedule", self.schedule, SCHEDULES)
         _check_one_of("momentum-dtype", self.momentum_dtype, MOMENTUM_DTYPES)
-        _check_one_of("device", self.device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
+        kind, colon, number = self.device.partition(":")
+        _check_one_of("device", kind, ("auto", "cpu", "cuda", "mps"))
+        if colon and (kind == "auto" or not re.fullmatch("[0-9]{1,3}", number)):
+            raise ConfigError(
+                f"device {self.device} has no such number; name one like cuda:0, or {kind} alone"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning-rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.momentum < 1:
@@ -411,7 +408,7 @@ def read_config(settings: Mapping[str, Value]) -> RunConfig:
         ConfigError: for a missing or unknown key (listing the known ones), a
             value of the wrong type, or one out of range.
     """
-    known = {key: field.type for key, _, field in _settings(RunConfig)}
+    known = {key: field for key, _, field in _settings(RunConfig)}
     if unknown := sorted(settings.keys() - known.keys()):
         raise ConfigError(unknown_setting(unknown[0], known))
     if missing := sorted(known.keys() - settings.keys()):
@@ -518,7 +515,9 @@ def _build(section: type, values: Mapping[str, Value]) -> Any:
     )
 
 
-def _typed(key: str, value: Value, wanted: type) -> Value:
+def _typed(key: str, value: Value, entry: Any) -> Value:
+    """A value for a setting's field."""
+    wanted = entry.type
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is str and type(value) in (int, float):  # blocks=3 and blocks="1,3" both come
@@ -527,7 +526,8 @@ def _typed(key: str, value: Value, wanted: type) -> Value:
         raise ConfigError(f'blocks must be text, such as "1,3,5"; got the list {value}')
     if type(value) is not wanted:
         raise ConfigError(
-            f"{key} must be {wanted.__name__}, got {value!r} ({type(value).__name__})"
+            f"{key} must be {wanted.__name__}, got {value!r} ({type(value).__name__}); it is: "
+            f"{entry.metadata['help']}"
         )
     return value
 

@@ -341,6 +341,30 @@ class RunRecord:
         for report, _ in self.rounds_from(0):
             yield report
 
+    @property
+    def last_round(self) -> int:
+        """Number of the last round on record; −1 before there is one.
+
+        Raises:
+            ConfigError: if a line is not a round.
+        """
+        if not self.rounds_path.is_file():
+            return -1
+        return max((report.server_round for report in self.rounds()), default=-1)
+
+    def check_more_rounds(self, rounds: int) -> None:
+        """Refuse to go on to a round that is done.
+
+        Raises:
+            ConfigError: naming both.
+        """
+        done = max(0, self.last_round)
+        if rounds <= done:
+            raise ConfigError(
+                f"rounds is {rounds}, and the run in {self.path} has done {done}; name a later "
+                f"round to go on to"
+            )
+
     def rounds_from(self, position: int) -> Iterator[tuple[RoundReport, int]]:
         """Rounds from a byte of `rounds.jsonl` on, each with the byte behind it.
 

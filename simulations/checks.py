@@ -1,9 +1,8 @@
 """What is wrong with a run's settings, found before any run has begun."""
 
-from functools import lru_cache
 from pathlib import Path
 
-from fleet.backbones import Backbone, load_backbone
+from fleet.backbones import structure_of
 from fleet.config import WEIGHTS, RunConfig
 from fleet.data import check_partition, check_source
 from fleet.errors import ConfigError
@@ -24,7 +23,7 @@ def check_settings(config: RunConfig) -> None:
     check_source(config.data.source)
     if config.model.weights not in WEIGHTS:
         check_weights_file(Path(config.model.weights))
-    backbone = _structure(config.model.backbone)
+    backbone = structure_of(config.model.backbone)
     make_plan(backbone, method=config.plan.method, blocks=max(config.plan.choices))
 
 
@@ -54,9 +53,3 @@ def check_fleet(config: RunConfig) -> None:
             "evaluation is left to the clients, and validation-fraction is 0; raise it, "
             "or let the server evaluate"
         )
-
-
-@lru_cache(maxsize=8)  # rows of a comparison mostly have a few in common
-def _structure(backbone: str) -> Backbone:
-    """A backbone as far as its blocks go: weights and size make no difference to them."""
-    return load_backbone(backbone, num_classes=2, image_size=32, weights="none")

@@ -4,6 +4,11 @@ The checkpoint is the commit point. It is written first, with all that decides t
 rounds to come and the round's report; model and rounds on record follow from
 it, and are mended from it as the run is resumed. So a server that is killed at
 any moment repeats one round at most.
+
+A run may go on to more rounds than it was to have, and a run to round 4 that goes on to 6 is
+bit for bit a run to 6: nothing of a round depends on how many there are to be. `schedule`
+is that of one local training, and sampling, codecs and server optimisers count the rounds that
+are done. An algorithm of one's own that reads `rounds` from its settings is another matter.
 """
 
 import logging

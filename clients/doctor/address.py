@@ -13,7 +13,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding
+from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, problem
+from fleet.device_files import check_key_mode
 from fleet.errors import ConfigError
 
 DEFAULT_PORT = 8000
@@ -143,8 +144,12 @@ def bundle_finding(bundle: Bundle, user: int) -> Finding:
     holder = bundle.path / KEY_FILE if bundle.path.is_dir() else bundle.path
     if not _is_key(key):
         return Finding(check, PROBLEM, f"{KEY_FILE} of {bundle.path} is no key", _NEW_BUNDLE)
-    if bundle.mode & 0o077:
-        return Finding(
+    try:
+        check_key_mode(holder, bundle.mode)
+    except ConfigError as error:
+        if bundle.path.is_dir():
+            return problem(check, error)
+        return Finding(  # the client unpacks it for its own user alone
             check,
             WARNING,
             f"{holder} holds the device's key, and has permissions {bundle.mode:04o}",

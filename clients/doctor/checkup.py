@@ -15,7 +15,7 @@ from clients.doctor.address import (
     read_authority,
     read_bundle,
 )
-from clients.doctor.findings import PROBLEM, UNKNOWN, Finding
+from clients.doctor.findings import UNKNOWN, Finding, problem
 from clients.doctor.images import images_finding
 from clients.doctor.platform_checks import (
     cgroup_finding,
@@ -127,7 +127,7 @@ def _bundle(subject: Subject) -> list[Finding]:
         user = os.getuid() if hasattr(os, "getuid") else 0
         return [bundle_finding(read_bundle(subject.bundle), user)]
     except ConfigError as error:
-        return [_as_problem("bundle", error)]
+        return [problem("bundle", error)]
 
 
 def _server(subject: Subject) -> list[Finding]:
@@ -141,7 +141,7 @@ def _server(subject: Subject) -> list[Finding]:
             authority = read_authority(subject.authority) if subject.authority else None
             server = parse_server(str(subject.server), authority)
     except ConfigError as error:
-        return [_as_problem("server", error)]
+        return [problem("server", error)]
     return server_findings(call(server), time.time())
 
 
@@ -149,12 +149,6 @@ def _data(subject: Subject) -> list[Finding]:
     if subject.data is None:
         return [Finding("data", UNKNOWN, _NOT_ASKED, "give --data DIR")]
     return [images_finding(subject.data, readable=project_installed())]
-
-
-def _as_problem(check: str, error: ConfigError) -> Finding:
-    """An error as a finding: what is after its last semicolon is the way out."""
-    fact, _, remedy = str(error).rpartition("; ")
-    return Finding(check, PROBLEM, fact, remedy)
 
 
 CHECKS: tuple[tuple[str, Callable[[Subject], list[Finding]]], ...] = (

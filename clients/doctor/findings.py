@@ -26,6 +26,18 @@ class Finding:
     remedy: str = ""
 
 
+def problem(check: str, error: object, remedy: str = "") -> Finding:
+    """An error as a finding: what is after its last semicolon is the way out.
+
+    Args:
+        check: what was looked at.
+        error: or its text.
+        remedy: of one that names none.
+    """
+    fact, _, told = str(error).rpartition("; ")
+    return Finding(check, PROBLEM, fact or told, told if fact else remedy)
+
+
 def report(findings: Sequence[Finding]) -> dict[str, object]:
     """What `--format json` prints: `ready`, how many findings of each state, and all of them."""
     counts = {state: sum(f.state == state for f in findings) for state in STATES}

@@ -9,7 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding
+from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, problem
+from fleet.device_files import image_folder
+from fleet.errors import ConfigError
 
 SECONDS = 600  # every image is opened: 0.1 to 1 ms each, and a Pi's card is slow
 FEW_EXAMPLES = 5  # of a class; fewer and the held-out fifth has none
@@ -43,11 +45,15 @@ def images_finding(data: str, *, readable: bool) -> Finding:
         readable: whether the project's own packages are there to read them; else class
             folders are listed.
     """
+    try:
+        folder = image_folder(data)
+    except ConfigError as error:
+        return problem("data", error)
     if not readable:
-        return listed_finding(Path(data).expanduser())
-    told = read_as_client(data)
+        return listed_finding(folder)
+    told = read_as_client(folder)
     if told is None:
-        listed = listed_finding(Path(data).expanduser())
+        listed = listed_finding(folder)
         if listed.state != UNKNOWN:
             return listed
         return replace(
@@ -55,10 +61,10 @@ def images_finding(data: str, *, readable: bool) -> Finding:
             fact=f"{listed.fact}; the client's own reader did not run, or took over {SECONDS} s",
             remedy="see the line about PyTorch, or try again with fewer images",
         )
-    return read_finding(data, told)
+    return read_finding(folder, told)
 
 
-def read_as_client(data: str) -> dict[str, object] | None:
+def read_as_client(folder: Path) -> dict[str, object] | None:
     """What the project's own reader says.
 
     It is `counts`, class → examples, with what is said of those `skipped`, or a `fault`.
@@ -68,7 +74,7 @@ def read_as_client(data: str) -> dict[str, object] | None:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _READ, data],
+            [sys.executable, "-c", _READ, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -81,14 +87,13 @@ def read_as_client(data: str) -> dict[str, object] | None:
         return None
 
 
-def read_finding(data: str, told: dict[str, object]) -> Finding:
+def read_finding(folder: Path, told: dict[str, object]) -> Finding:
     """From what `read_as_client` said."""
     check = "data"
     if "fault" in told:
-        fact, _, remedy = str(told["fault"]).rpartition("; ")
-        return Finding(check, PROBLEM, fact or remedy, remedy if fact else _REPAIR)
+        return problem(check, told["fault"], _REPAIR)
     counts: dict[str, int] = told["counts"]  # type: ignore[assignment]
-    seen = f"{sum(counts.values())} images in {data}: {_listing(counts)}"
+    seen = f"{sum(counts.values())} images in {folder}: {_listing(counts)}"
     if skipped := told.get("skipped"):
         return Finding(
             check,
@@ -110,8 +115,6 @@ def listed_finding(folder: Path) -> Finding:
     """Class folders and how many files are in them, without opening any."""
     check = "data"
     try:
-        if not folder.is_dir():
-            return Finding(check, PROBLEM, f"{folder} is not a folder that can be seen", _REPAIR)
         top = folder / "train" if (folder / "train").is_dir() else folder
         counts = {
             child.name: sum(len(files) for _, _, files in os.walk(child))

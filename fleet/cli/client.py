@@ -1,13 +1,20 @@
 """`fleet client`."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fleet.cli.until_signal import until_signal
-from fleet.config import NODE_SETTINGS, WEIGHTS, Value, budget, read_assignment
+from fleet.config import WEIGHTS, Value, budget, read_assignment
 from fleet.errors import ConfigError
+from fleet.node_settings import NODE_SETTINGS
+
+if TYPE_CHECKING:
+    from fleet.deploy.bundle import Bundle
+    from fleet.deploy.client import ClientOptions
 
 
 @click.command("client")
@@ -58,7 +65,23 @@ from fleet.errors import ConfigError
 @click.option("--insecure", is_flag=True, help="Without TLS and key; loopback servers only.")
 @click.option("--server", help="With --insecure: where the server is.")
 @click.option("--name", help="With --insecure: this device's name.")
-def command(
+def command(**given: Any) -> None:
+    """Run this device's client until it is told to stop.
+
+    It starts Flower's SuperNode, and starts it again whenever it ends or the
+    server does not see it any more.
+    """
+    from fleet.deploy.bundle import bundle_to_use
+    from fleet.deploy.client import run_client
+    from fleet.deploy.server import log_to_stderr
+
+    log_to_stderr()
+    run_client(read_options(bundle_to_use, **given), until_signal)
+
+
+def read_options(
+    take_bundle: "Callable[[Path | None, Path], Bundle]",
+    *,
     source: Path | None,
     data: Path,
     budget_mib: str,
@@ -71,30 +94,29 @@ def command(
     insecure: bool,
     server: str | None,
     name: str | None,
-) -> None:
-    """Run this device's client until it is told to stop.
+) -> "ClientOptions":
+    """What the command line asks for, its paths absolute; `ClientOptions.check` is still to come.
 
-    It starts Flower's SuperNode, and starts it again whenever it ends or the
-    server does not see it any more.
+    Args:
+        take_bundle: from what is given and the state folder; with keys alone.
+
+    Raises:
+        ConfigError: for options that exclude each other, text that is no assignment or
+            no budget, or as `take_bundle` does.
     """
-    from fleet.deploy import private_files
     from fleet.deploy.addresses import Address
-    from fleet.deploy.bundle import bundle_to_use
-    from fleet.deploy.client import ClientOptions, run_client, state_folder
-    from fleet.deploy.server import log_to_stderr
+    from fleet.deploy.client import ClientOptions, state_folder
 
     if insecure and source is not None:
         raise ConfigError("--insecure uses no keys, and --bundle holds some; leave one out")
     if not insecure and (server or name):
         raise ConfigError("--server and --name go with --insecure; a bundle names both itself")
-    log_to_stderr()
     folder, bundle, address = state_folder(state), None, None
-    private_files.make_private_folder(folder)
     if insecure:
         address = Address.parse(server or "127.0.0.1")
         name = name or socket.gethostname()
     else:
-        bundle = bundle_to_use(source, folder)
+        bundle = take_bundle(source, folder)
         name = bundle.name
     node: dict[str, Value] = {"name": name, "data": str(data.expanduser().absolute())}
     node["budget-mib"] = str(budget(budget_mib))
@@ -109,14 +131,13 @@ def command(
         node[key] = value
     if "weights" in node and node["weights"] not in WEIGHTS:
         node["weights"] = str(Path(str(node["weights"])).expanduser().absolute())
-    run_client(
-        ClientOptions(
-            state=folder,
-            node=node,
-            bundle=bundle,
-            server=address,
-            trusted_entities=trusted_entities,
-            cold=cold,
-        ),
-        until_signal,
+    if trusted_entities is not None:
+        trusted_entities = trusted_entities.expanduser().absolute()
+    return ClientOptions(
+        state=folder,
+        node=node,
+        bundle=bundle,
+        server=address,
+        trusted_entities=trusted_entities,
+        cold=cold,
     )

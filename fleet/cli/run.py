@@ -26,6 +26,7 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
 
 if TYPE_CHECKING:
+    from fleet.deploy.addresses import Address
     from fleet.deploy.provisioning import ServerFolder
     from fleet.deploy.wishes import Standing, Wishes
 
@@ -51,7 +52,12 @@ _POLL_SECONDS = 0.5
     "a public one (.pub): with the SSH agent's.",
 )
 @click.option("--detach", is_flag=True, help="Do not follow the run.")
-@click.option("--resume", "resumed", metavar="RUN", help="Let a run that is over go on, or follow.")
+@click.option(
+    "--resume",
+    "resumed",
+    metavar="RUN",
+    help="Let a run that is over go on, or follow; with --rounds any run goes on to that round.",
+)
 @click.option(
     "--beside",
     is_flag=True,
@@ -95,7 +101,10 @@ def command(
         "--name": name,
         "--sign": key,
     }
+    rounds = _rounds_of_resumed(settings) if resumed is not None else None
     _check_one_wish(given, settings)
+    if listed or stopped is not None:
+        server.check_begun()
     if listed:
         _show_list(wishes, output_format)
         return
@@ -106,24 +115,33 @@ def command(
     _check_server(server)
     if resumed is not None:
         name = resumed
-        wishes.check(name)
+        wishes.check(name, rounds)
         _check_alone(wishes, name, beside)
-        wishes.resume(name)
+        wishes.resume(name, rounds)
     else:
         _check_alone(wishes, name, beside)
         name = name or time.strftime("%Y%m%d-%H%M%S")
-        _wish(wishes, name, settings, key)
+        _wish(wishes, name, settings, server, key)
     if detach:
         click.echo(f"run {name} is submitted; follow it with: fleet run --resume {name}")
         return
     _follow(wishes, name, output_format)
 
 
+def _rounds_of_resumed(settings: dict[str, Value]) -> int | None:
+    """The one setting that a run may be given anew, taken out of the others."""
+    if "rounds" not in settings:
+        return None
+    rounds = {"rounds": settings.pop("rounds")}
+    return read_config(default_settings() | rounds).federation.rounds
+
+
 def _check_one_wish(given: dict[str, object], settings: dict[str, Value]) -> None:
-    """--resume, --stop and --list stand alone."""
+    """--resume, --stop and --list stand alone, once the rounds of a resumed run are taken out."""
     wishes = [option for option in ("--resume", "--stop", "--list") if given[option]]
     if len(wishes) > 1 or (wishes and (settings or given["--name"] or given["--sign"])):
-        raise ConfigError(f"{wishes[0]} stands alone: a run that there is keeps its settings")
+        but = ", or with --rounds" if wishes == ["--resume"] else ""
+        raise ConfigError(f"{wishes[0]} stands alone{but}: a run that there is keeps its settings")
 
 
 def _check_server(server: "ServerFolder") -> None:
@@ -139,7 +157,7 @@ def _check_alone(wishes: "Wishes", name: str | None, beside: bool) -> None:
     if beside or not going_on or name in going_on:  # that one is followed, or its name is taken
         return
     first, wish = going_on[0], wishes.read(going_on[0])
-    rounds = max(0, _rounds_on_record(RunRecord(Path(wish.run_dir))) - 1)
+    rounds = max(0, RunRecord(Path(wish.run_dir)).last_round)
     raise ConfigError(
         f"run {first} goes on ({wishes.standing(first).status}, {rounds} of "
         f"{wish.settings['rounds']} rounds done), and devices would have to share their time "
@@ -148,11 +166,13 @@ def _check_alone(wishes: "Wishes", name: str | None, beside: bool) -> None:
     )
 
 
-def _rounds_on_record(record: RunRecord) -> int:
-    return sum(1 for _ in record.rounds()) if record.config_path.is_file() else 0
-
-
-def _wish(wishes: "Wishes", name: str, settings: dict[str, Value], key: Path | None) -> None:
+def _wish(
+    wishes: "Wishes",
+    name: str,
+    settings: dict[str, Value],
+    server: "ServerFolder",
+    key: Path | None,
+) -> None:
     from fleet.deploy.app_bundle import build_app
     from fleet.deploy.wishes import Wish
 
@@ -160,7 +180,9 @@ def _wish(wishes: "Wishes", name: str, settings: dict[str, Value], key: Path | N
     if not settings.get("run-dir"):
         settings["run-dir"] = str(wishes.folder / name)
     config = read_config(settings)
+    _check_devices(server, config)
     _check_files(config)
+    _check_blocks(config)
     app = build_app()
     signatures = _signatures(app, key) if key is not None else {}
     # The server works in another folder than the user.
@@ -178,6 +200,57 @@ def _signatures(app: bytes, key: Path) -> dict[str, str]:
         return click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if terminal else None
 
     return sign_app(app, open_signer(key, ask))
+
+
+def _check_devices(server: "ServerFolder", config: RunConfig) -> None:
+    """A round that needs more devices than there are would be waited for for ever.
+
+    Without keys nobody is registered: it may be that more devices are still to come.
+    """
+    from fleet.deploy.registry import read_devices
+
+    federation = config.federation
+    if (address := server.insecure_address()) is not None:
+        online, wanted = _online(address), federation.min_clients
+        if online < wanted:
+            click.echo(
+                f"Warning: {online} devices are online, and min-clients is {wanted}; the run waits "
+                f"for more",
+                err=True,
+            )
+        return
+    devices = read_devices(server.registry_path).values()
+    registered = sum(device.revoked is None for device in devices)
+    for key, wanted in (
+        ("min-clients", federation.min_clients),
+        ("min-updates", federation.min_updates),
+        ("quorum", federation.quorum),
+    ):
+        if wanted > registered:
+            lower = f", or lower it: --{key} {registered}" if registered else ""
+            raise ConfigError(
+                f"{key} is {wanted}, and {registered} devices are registered; add some where you "
+                f"began the fleet: fleet provision --add NAME{lower}"
+            )
+
+
+def _online(address: "Address") -> int:
+    from fleet.deploy.control import ONLINE, Control
+
+    control = Control(address, None)
+    try:
+        return sum(node.status == ONLINE for node in control.nodes())
+    finally:
+        control.close()
+
+
+def _check_blocks(config: RunConfig) -> None:
+    """The backbone and its blocks, before devices are waited for."""
+    from fleet.backbones import structure_of
+    from fleet.plan import make_plan
+
+    plan = config.plan
+    make_plan(structure_of(config.model.backbone), method=plan.method, blocks=max(plan.choices))
 
 
 def _check_files(config: RunConfig) -> None:

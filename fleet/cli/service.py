@@ -1,15 +1,19 @@
 """`fleet service`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fleet.deploy import services
 from fleet.deploy.units import Service, unit_text
 from fleet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fleet.deploy.client import ClientOptions
 
 _PATH = click.Path(path_type=Path)
 
@@ -74,7 +78,8 @@ def client(bundle: Path | None, data: Path | None, **options: Any) -> None:
         if bundle is None or data is None:
             missing = "--bundle" if bundle is None else "--data"
             raise ConfigError(f"{missing} is missing; fleet service install client --help tells")
-        return services.client_service(bundle=bundle, data=data, **common)
+        service = services.client_service(bundle=bundle, data=data, **common)
+        return _with_files(service, _check_client(service, common["arguments"]))
 
     _run(make, **options)
 
@@ -100,9 +105,11 @@ def server(
     """Write the unit of the server."""
 
     def make(**common: Any) -> Service:
-        return services.server_service(
+        service = services.server_service(
             folder=folder, host=host, port=port, writable=writable, **common
         )
+        _check_server(service, common["arguments"])
+        return service
 
     _run(make, **options)
 
@@ -151,6 +158,65 @@ def _run(
             f"It waits for {service.clock[-1]}; without a time server in reach that is for ever: "
             f"--no-wait-for-clock"
         )
+
+
+def _check_client(service: Service, arguments: Sequence[str]) -> "ClientOptions":
+    """Refuse what `fleet client` would refuse as the unit starts, for ever again."""
+    from fleet.cli import client
+    from fleet.deploy.bundle import read_bundle
+
+    given = _given(client.command, service, arguments, ("--bundle", "--data", "--state"))
+    options = client.read_options(lambda source, state: read_bundle(source), **given)
+    options.check()
+    return options
+
+
+def _check_server(service: Service, arguments: Sequence[str]) -> None:
+    """Refuse what `fleet server` would refuse as the unit starts, for ever again."""
+    from fleet.cli import server
+
+    given = _given(server.command, service, arguments, ("--dir", "--host", "--port", "--state"))
+    server.read_options(**given).check()
+
+
+def _given(
+    program: click.Command, service: Service, arguments: Sequence[str], own: Sequence[str]
+) -> dict[str, Any]:
+    """What a command is given by a unit's command line.
+
+    Args:
+        program: `fleet client` or `fleet server`.
+        service: whose command line begins with the program and the command's name.
+        arguments: those of it that were given after `--`.
+        own: options of the service's own.
+
+    Raises:
+        ConfigError: if an argument would take the place of such an option.
+        click.UsageError: for arguments that the command does not have.
+    """
+    for argument in arguments:
+        if (option := argument.partition("=")[0]) in own:
+            raise ConfigError(
+                f"{argument} after -- would take the place of the service's own {option}; give "
+                f"{option} before --"
+            )
+    _, name, *words = service.command
+    return program.make_context(f"fleet {name}", words).params
+
+
+def _with_files(service: Service, options: "ClientOptions") -> Service:
+    """A service that sees the files which its arguments name.
+
+    Raises:
+        ConfigError: for one that it would look for elsewhere.
+    """
+    for path in options.files:
+        if not any(word.endswith(str(path)) for word in service.command):
+            raise ConfigError(
+                f"the service starts in another folder, and would not find what is {path} here; "
+                f"name it so after --, in full"
+            )
+    return replace(service, readable=[*service.readable, *options.files])
 
 
 def _say(what: str, *commands: str) -> None:

@@ -40,7 +40,7 @@ def setting_options(command: Callable) -> Callable:
     "interrupted",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Folder of a run that was ended: it goes on, with more --rounds if you like.",
+    help="Folder of a run that was ended, or has ended: it goes on, to --rounds if you like.",
 )
 @setting_options
 @click.option("--engine", help='local (in this process) or flower (Ray). [default: "local"]')
@@ -88,6 +88,8 @@ def command(
         from simulations.launch import resumed
 
         settings, adversity = resumed(interrupted)
+        if options["rounds"] is not None:
+            RunRecord(interrupted).check_more_rounds(options["rounds"])
     else:
         settings, adversity = _read_recipe(recipe) if recipe else ({}, {})
     given = {"attack": attack, "hostile": hostile, "drop": drop}

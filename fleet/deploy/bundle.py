@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import shutil
+import stat
 import tarfile
 import tomllib
 import zlib
@@ -24,8 +25,9 @@ import tomli_w
 
 from fleet.deploy import private_files
 from fleet.deploy.addresses import Address
-from fleet.deploy.certificates import check_device_key, expiry
+from fleet.deploy.certificates import check_device_key, expiry, naming
 from fleet.deploy.registry import check_name
+from fleet.device_files import check_key_mode
 from fleet.errors import ConfigError
 
 SETTINGS_FILE, AUTHORITY_FILE, KEY_FILE = FILES = ("bundle.toml", "ca.crt", "device.key")
@@ -85,15 +87,15 @@ def pack(name: str, files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """A bundle from its folder.
+def read_bundle(source: Path) -> Bundle:
+    """A bundle as it lies in a folder, or in an archive, which then is its `folder`.
 
     Raises:
-        ConfigError: if a file is missing, or is not what it should be.
+        ConfigError: if a file is missing or is not what it should be, or if others can use the
+            key of a folder.
     """
-    files = {name: _read(folder / name) for name in FILES}
-    name, server = _check(files, folder)
-    return Bundle(folder, name, server)
+    name, server = _check(_files_of(source), source)
+    return Bundle(source, name, server)
 
 
 def install_bundle(source: Path, state: Path) -> Bundle:
@@ -101,16 +103,15 @@ def install_bundle(source: Path, state: Path) -> Bundle:
 
     Args:
         source: a `.tar.gz` or a folder.
-        state: the client's state folder.
+        state: the client's state folder; made if it is not there.
 
     Raises:
-        ConfigError: if it is no bundle, or cannot be written.
+        ConfigError: if it is no bundle, if others can use the key of a folder, or if it cannot be
+            written.
     """
-    if source.is_dir():
-        files = {name: _read(source / name) for name in FILES}
-    else:
-        files = _unpack(_read(source), source)
+    files = _files_of(source)
     _check(files, source)
+    private_files.make_private_folder(state)
     digest = hashlib.sha256(b"\0".join(files[name] for name in FILES)).hexdigest()[:16]
     folder = state / "bundles" / digest
     if not folder.is_dir():
@@ -168,6 +169,15 @@ def _is_gone(path: Path) -> bool:
     return False
 
 
+def _files_of(source: Path) -> dict[str, bytes]:
+    if not source.is_dir():
+        return _unpack(_read(source), source)
+    files = {name: _read(source / name) for name in FILES}
+    key = source / KEY_FILE
+    check_key_mode(key, stat.S_IMODE(key.stat().st_mode))
+    return files
+
+
 def _read(path: Path) -> bytes:
     return private_files.read(path, "bundle", _NEW_ONE, most=_MOST_BYTES)
 
@@ -217,18 +227,12 @@ def _check(files: Mapping[str, bytes], source: Path) -> tuple[str, Address]:
             )
         name, server = str(settings["name"]), Address.parse(str(settings["server"]))
         check_name(name)
-        expiry(files[AUTHORITY_FILE])
-        _check_key(files[KEY_FILE])
+        for file, checked in ((AUTHORITY_FILE, expiry), (KEY_FILE, check_device_key)):
+            with naming(file):
+                checked(files[file])
     except (ValueError, KeyError, ConfigError) as error:
         raise ConfigError(f"{source} is no bundle: {error}; {_NEW_ONE}") from error
     return name, server
-
-
-def _check_key(private: bytes) -> None:
-    try:
-        check_device_key(private)
-    except ConfigError as error:
-        raise ConfigError(f"{KEY_FILE}: {error}") from error
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -5,9 +5,10 @@ default from 3.13 on).
 """
 
 import base64
+import contextlib
 import datetime
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -25,6 +26,15 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 _PEM = serialization.Encoding.PEM
 _BACKDATED = datetime.timedelta(days=1)  # a device's clock may be behind
+
+
+@contextlib.contextmanager
+def naming(file: object, way_out: str = "") -> Iterator[None]:
+    """Let what is said of a certificate or key begin with its file, and end with the way out."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}" + (f"; {way_out}" if way_out else "")) from error
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ def issue_server_certificate(
         days: from now until it expires, and not beyond the authority itself.
 
     Raises:
-        ConfigError: if the authority cannot be read or has expired.
+        ConfigError: if the authority cannot be read, which does not name its files, or has
+            expired.
     """
     issuer, issuer_key = _read_certificate(authority.certificate), _read_key(authority.key)
     left = (issuer.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
@@ -90,6 +101,15 @@ def make_device_key() -> tuple[bytes, str]:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     return private, public.decode()
+
+
+def check_authority_key(private: bytes) -> None:
+    """Load an authority's private key.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    _read_key(private)
 
 
 def check_device_key(private: bytes) -> None:
@@ -215,16 +235,11 @@ def _read_certificate(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as error:
-        raise ConfigError(
-            f"a certificate cannot be read ({error}); put it back from a backup, or provision anew"
-        ) from error
+        raise ConfigError(f"it holds no certificate that can be read ({error})") from error
 
 
 def _read_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         return serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"the authority's key cannot be read ({error}); put it back from a backup, or "
-            f"provision anew"
-        ) from error
+        raise ConfigError(f"it holds no private key that can be read ({error})") from error

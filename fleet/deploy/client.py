@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fleet.config import NODE_SETTINGS, WEIGHTS, Value
+from fleet.config import WEIGHTS, Value
 from fleet.deploy import notify
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import Bundle
@@ -31,7 +31,9 @@ from fleet.deploy.server import answers
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.trust import REFUSES, read_trusted
+from fleet.device_files import image_folder
 from fleet.errors import ConfigError
+from fleet.node_settings import check_node_settings
 
 SUPERNODE = "supernode"
 
@@ -48,7 +50,7 @@ class ClientOptions:
 
     Attributes:
         state: of everything that it keeps.
-        node: what its node tells each app, of `fleet.config.NODE_SETTINGS`.
+        node: what its node tells each app, of `fleet.node_settings`.
         bundle: of key and certificate; None: a server without either, on this machine.
         server: where that is, without a bundle.
         trusted_entities: YAML of who may sign apps; None: whatever the server sends runs.
@@ -66,8 +68,8 @@ class ClientOptions:
         """Refuse what cannot be, or must not.
 
         Raises:
-            ConfigError: for settings that nothing reads, data that is no folder, weights that
-                are no file, trusted keys that are none, or a server elsewhere without keys.
+            ConfigError: as `check_node_settings`; for data that is no folder, weights that are
+                no file, trusted keys that are none, or a server elsewhere without keys.
         """
         if self.bundle is None and (self.server is None or not self.server.loopback):
             raise ConfigError(
@@ -75,24 +77,23 @@ class ClientOptions:
                 f"{self.server or 'no server'} is not this machine; use --server 127.0.0.1:8000, "
                 f"or a bundle of fleet provision"
             )
-        if unknown := sorted(set(self.node) - set(NODE_SETTINGS)):
-            raise ConfigError(
-                f"unknown setting {', '.join(unknown)} of a device's node; known: "
-                f"{', '.join(NODE_SETTINGS)}"
-            )
+        check_node_settings(self.node)
         weights = str(self.node.get("weights", WEIGHTS[0]))
         if weights not in WEIGHTS and not os.path.isfile(weights):
             raise ConfigError(
                 f"--weights {weights} is no file; name a .safetensors or .pth file, or one of: "
                 f"{', '.join(WEIGHTS)}"
             )
-        data = Path(str(self.node["data"]))
-        if not data.is_dir():
-            raise ConfigError(
-                f"--data {data} is no folder; name one that has a folder of images for each class"
-            )
+        image_folder(str(self.node["data"]))
         if self.trusted_entities is not None:
             read_trusted(self.trusted_entities)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it reads beside bundle and images."""
+        weights = str(self.node.get("weights", WEIGHTS[0]))
+        own = () if weights in WEIGHTS else (Path(weights),)
+        return own if self.trusted_entities is None else (*own, self.trusted_entities)
 
     @property
     def address(self) -> Address:

@@ -20,10 +20,12 @@ from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import SUFFIX, bundle_files, pack
 from fleet.deploy.certificates import (
     Signed,
+    check_authority_key,
     expiry,
     issue_server_certificate,
     make_authority,
     make_device_key,
+    naming,
     server_names,
 )
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
@@ -33,6 +35,7 @@ from fleet.errors import ConfigError
 
 EXPIRES_SOON_DAYS = 30
 _SERVER_LOCK = "server.lock"
+_SERVING = "serving.toml"
 _LOCK_SECONDS = 10.0  # for another fleet provision to end; it takes less than one
 
 
@@ -89,6 +92,27 @@ class ServerFolder:
         """Whether a server works in the folder now."""
         return somebody_in(self.path, _SERVER_LOCK)
 
+    def note_serving(self, here: Address, insecure: bool) -> None:
+        """Leave word of how the server of this folder serves; for the server alone.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        told = {"address": str(here), "insecure": insecure}
+        private_files.replace(self.path / _SERVING, tomli_w.dumps(told).encode())
+
+    def insecure_address(self) -> Address | None:
+        """Where the server that works here can be asked; None if it has keys, or has left no word.
+
+        Raises:
+            ConfigError: if the word cannot be read.
+        """
+        path, again = self.path / _SERVING, "end fleet server, and start it again"
+        if not path.exists():
+            return None
+        told = private_files.read_toml(path, "word of the server", again)
+        return Address.parse(str(told.get("address"))) if told.get("insecure") else None
+
     def hosts(self) -> list[Address]:
         """The addresses that devices know, of which their bundles hold the first.
 
@@ -107,6 +131,38 @@ class ServerFolder:
                 f"it with: fleet provision --renew --host NAME"
             )
         return [Address.parse(str(host)) for host in hosts]
+
+    def certificate(self, way_out: str = "make it anew with: fleet provision --renew") -> bytes:
+        """The server's certificate.
+
+        Args:
+            way_out: of one that is not there.
+
+        Raises:
+            ConfigError: if it is not there, or is none.
+        """
+        path = self.certificate_path
+        certificate = private_files.read(path, "server's certificate", way_out)
+        with naming(
+            path, "make it anew with: fleet provision --renew; or put it back from a backup"
+        ):
+            expiry(certificate)
+        return certificate
+
+    def check_begun(self) -> None:
+        """Refuse a folder in which no server was ever made, or has run.
+
+        Raises:
+            ConfigError: naming it.
+        """
+        if not any(
+            map(Path.exists, (self.registry_path, self.runs_path, self.path / _SERVER_LOCK))
+        ):
+            raise ConfigError(
+                f"{self.path} is no server's folder: neither {self.registry_path.name} nor "
+                f"{self.runs_path.name} is in it; name the server's folder with --dir, or make one "
+                f"with: fleet provision --host NAME --devices NAME …"
+            )
 
     def check(self) -> None:
         """Refuse a folder that is no server's.
@@ -216,8 +272,7 @@ class Provisioner:
             ConfigError: if nothing was provisioned here.
         """
         begin = "begin with: fleet provision --host NAME --devices NAME …"
-        authority = private_files.read(self.server.authority_path, "authority's certificate", begin)
-        server = private_files.read(self.server.certificate_path, "server's certificate", begin)
+        authority, server = self._authority(begin), self.server.certificate(begin)
         return Provisioned(
             tuple(self.server.hosts()),
             tuple(server_names(server)),
@@ -272,9 +327,8 @@ class Provisioner:
         hosts = self.server.hosts()
         if not hosts:
             raise ConfigError(f"{self.server.settings_path} has no hosts; run --renew --host NAME")
-        authority = private_files.read(
-            self.server.authority_path, "authority's certificate", "provision anew"
-        )
+        authority = self._authority("provision anew")
+        self.server.certificate()
         self._check_new(names, devices)
         for name in names:
             private, public = make_device_key()
@@ -305,10 +359,16 @@ class Provisioner:
 
     def _renew(self, hosts: Sequence[Address]) -> None:
         where = "renew where the folder authority is kept, or put it back from a backup"
-        authority = Signed(
-            private_files.read(self._authority_path("ca.crt"), "authority's certificate", where),
-            private_files.read(self._authority_path("ca.key"), "authority's key", where),
-        )
+        parts = []
+        for name, what, check in (
+            ("ca.crt", "authority's certificate", expiry),
+            ("ca.key", "authority's key", check_authority_key),
+        ):
+            path = self._authority_path(name)
+            parts.append(private_files.read(path, what, where))
+            with naming(path, "put it back from a backup, or provision anew in another folder"):
+                check(parts[-1])
+        authority = Signed(*parts)
         self._write_server(authority, hosts or self.server.hosts())
 
     def _write_server(self, authority: Signed, hosts: Sequence[Address]) -> None:
@@ -344,6 +404,15 @@ class Provisioner:
                         f"{path} is there already, and keys are never overwritten; remove it, "
                         f"if it is of a device that was revoked, or take another name"
                     )
+
+    def _authority(self, way_out: str) -> bytes:
+        """The authority's certificate, as the server has it; `way_out` is for one that is gone."""
+        path, what = self.server.authority_path, "authority's certificate"
+        certificate = private_files.read(path, what, way_out)
+        kept = self._authority_path("ca.crt")
+        with naming(path, f"put it back with: cp {kept} {path}; or from a backup"):
+            expiry(certificate)
+        return certificate
 
     def _authority_path(self, name: str) -> Path:
         return self.out / "authority" / name

@@ -90,9 +90,7 @@ class RunKeeper:
 
     def _step(self, name: str, wish: Wish, standing: Standing, control: Runs) -> Standing:
         if standing.attempt != wish.attempt:
-            standing = replace(
-                standing, status=WAITING, attempt=wish.attempt, fruitless=0, reason="asked to go on"
-            )
+            standing = _asked_to_go_on(standing, wish)
         if standing.over:
             return standing
         if not wish.wanted:
@@ -111,8 +109,12 @@ class RunKeeper:
         run = control.run(standing.flower_run)
         if run is not None and run.status != "finished":
             return standing
-        if ended_well:
+        more = ended_well and _to_have_more(wish)
+        if ended_well and not more:
             return replace(standing, status=FINISHED, reason="")
+        if more and run is not None and run.outcome == "completed":
+            reason = f"it goes on to round {wish.settings['rounds']}"
+            return replace(standing, status=WAITING, reason=reason)
         if run is not None and run.outcome == "stopped":
             return replace(standing, status=STOPPED, reason="it was stopped through Flower")
         if fault := _cannot_begin(run, wish):
@@ -161,6 +163,18 @@ class RunKeeper:
         return replace(standing, status=WAITING, fruitless=fruitless, reason=reason)
 
 
+def _asked_to_go_on(standing: Standing, wish: Wish) -> Standing:
+    """One that goes on as it is needs nothing; it may be to have more rounds after its end."""
+    goes_on = standing.status == RUNNING
+    return replace(
+        standing,
+        status=RUNNING if goes_on else WAITING,
+        attempt=wish.attempt,
+        fruitless=0,
+        reason=standing.reason if goes_on else "asked to go on",
+    )
+
+
 def _stopped(standing: Standing, control: Runs) -> Standing:
     if standing.status == RUNNING:
         run = control.run(standing.flower_run)
@@ -207,8 +221,18 @@ def _rounds(wish: Wish) -> int:
         return 0
 
 
+def _to_have_more(wish: Wish) -> bool:
+    """Whether rounds were asked for after the run was submitted with fewer."""
+    try:
+        return RunRecord(Path(wish.run_dir)).last_round < int(wish.settings["rounds"])
+    except ConfigError:  # what cannot be read has no end to go on from
+        return False
+
+
 def _tell(name: str, now: Standing, before: Standing) -> None:
-    if now.status == RUNNING:
+    if now.status == RUNNING and now.submissions == before.submissions:
+        _log.info("run %s goes on, as it was asked to", name)
+    elif now.status == RUNNING:
         _log.info(
             "run %s is submitted (Flower's run %d, submission %d)",
             name,

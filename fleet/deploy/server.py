@@ -110,6 +110,7 @@ def serve(options: ServerOptions, until: Callable[[Callable[[], None]], None]) -
         options.folder.alone(),
         alone_in(options.state, "fleet server"),
     ):
+        options.folder.note_serving(options.here, options.insecure)
         supervisor = Supervisor(_children(options), options.state / "logs", options.state)
         attendant = Attendant(options, supervisor)
         thread = threading.Thread(target=attendant.run, name="attendant", daemon=True)
@@ -290,12 +291,7 @@ class Attendant:
         if now < self._expiry_due:
             return
         self._expiry_due = now + _EXPIRY_SECONDS
-        certificate = private_files.read(
-            self.options.folder.certificate_path,
-            "server's certificate",
-            "make it anew: fleet provision --renew",
-        )
-        left = days_left(expiry(certificate))
+        left = days_left(expiry(self.options.folder.certificate()))
         if left < 0:
             _log.error(
                 "the server's certificate has expired, and no device connects; renew it: fleet "

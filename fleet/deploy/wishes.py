@@ -21,6 +21,7 @@ import tomli_w
 from fleet.config import Value
 from fleet.deploy import private_files
 from fleet.errors import ConfigError
+from fleet.records import RunRecord
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = STATUSES = (
     "waiting",
@@ -104,7 +105,7 @@ class Wishes:
         for name in self.names():
             with contextlib.suppress(ConfigError):
                 wish, standing = self.read(name), self.standing(name)
-                if wish.wanted and not (standing.over and standing.attempt == wish.attempt):
+                if wish.wanted and not _is_over(wish, standing):
                     found.append(name)
         return found
 
@@ -165,33 +166,57 @@ class Wishes:
             ConfigError: if there is no such run, or it is over.
         """
         wish, standing = self.read(name), self.standing(name)
-        if standing.over and standing.attempt == wish.attempt:
+        if _is_over(wish, standing):
             raise ConfigError(f"run {name} is over already: it has {standing.status}")
         self.write(name, replace(wish, wanted=False))
 
-    def resume(self, name: str) -> None:
-        """Want a run that is over, and has not finished, to go on.
+    def resume(self, name: str, rounds: int | None = None) -> None:
+        """Want a run that is over to go on, or any run to have more rounds than it was to have.
 
         Raises:
-            ConfigError: if there is no such run, or it has finished.
+            ConfigError: as `check`.
         """
-        wish, standing = self.check(name)
-        if standing.over or not wish.wanted:
-            self.write(name, replace(wish, wanted=True, attempt=wish.attempt + 1))
+        wish, standing = self.check(name, rounds)
+        if rounds is not None and rounds != wish.settings["rounds"]:
+            wish = replace(wish, settings={**wish.settings, "rounds": rounds})
+        elif wish.wanted and not _is_over(wish, standing):
+            return
+        self.write(name, replace(wish, wanted=True, attempt=wish.attempt + 1))
 
-    def check(self, name: str) -> tuple[Wish, Standing]:
+    def check(self, name: str, rounds: int | None = None) -> tuple[Wish, Standing]:
         """A wish that may go on, and where it stands.
 
+        Args:
+            name: of the run.
+            rounds: that it is to go on to; None: those that it was to have.
+
         Raises:
-            ConfigError: as `resume`.
+            ConfigError: if there is no such run, if it has finished and is to have no more
+                rounds, or has done so many; or if it goes on and is to have fewer than it was to.
         """
         wish, standing = self.read(name), self.standing(name)
-        if standing.status == FINISHED:
-            raise ConfigError(f"run {name} has finished; look at it: fleet report {wish.run_dir}")
+        if rounds is not None:
+            RunRecord(Path(wish.run_dir)).check_more_rounds(rounds)
+            going_on = name in self.going_on()
+            if going_on and rounds < int(wish.settings["rounds"]):
+                raise ConfigError(
+                    f"rounds is {rounds}, and run {name} goes on to round "
+                    f"{wish.settings['rounds']}; end it first: fleet run --stop {name}"
+                )
+        elif standing.status == FINISHED and _is_over(wish, standing):
+            raise ConfigError(
+                f"run {name} has finished its {wish.settings['rounds']} rounds; look at it: fleet "
+                f"report {wish.run_dir}, or let it go on: fleet run --resume {name} --rounds MORE"
+            )
         return wish, standing
 
     def _path(self, name: str, suffix: str) -> Path:
         return self.folder / f"{name}{suffix}"
+
+
+def _is_over(wish: Wish, standing: Standing) -> bool:
+    """Whether nothing more will come of it, and nobody has asked for it to go on since."""
+    return standing.over and standing.attempt == wish.attempt
 
 
 def _as_toml(value: Wish | Standing) -> bytes:

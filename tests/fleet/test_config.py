@@ -76,6 +76,11 @@ def test_a_missing_setting_is_named(key):
         ("momentum", "0.9", r"momentum must be float, got '0.9' \(str\)"),
         ("train-tail", 1, r"train-tail must be bool, got 1 \(int\)"),
         ("data", True, r"data must be str, got True \(bool\)"),
+        (
+            "soft-temperature",
+            "hot",
+            r"got 'hot' \(str\); it is: °C of the processor, up to 150, at",
+        ),
         ("blocks", [1, 3], r'blocks must be text, such as "1,3,5"; got the list \[1, 3\]'),
         ("blocks", 1.5, r"blocks must be whole numbers of at least 0, such as 3 .*; got 1.5"),
     ],
@@ -105,6 +110,16 @@ def test_a_value_of_another_type_is_refused(key, value, text):
             "unknown stash float16; known: recompute, int8, bfloat16, float32, published",
         ),
         ("device", "tpu", "unknown device tpu; known: auto, cpu, cuda, mps"),
+        (
+            "device",
+            "cuda:first",
+            "device cuda:first has no such number; name one like cuda:0, or cu",
+        ),
+        (
+            "device",
+            "auto:1",
+            "device auto:1 has no such number; name one like cuda:0, or auto alone",
+        ),
         ("learning-rate", 0.0, "learning-rate must be above 0 and finite, got 0.0"),
         ("learning-rate", float("nan"), "learning-rate must be above 0 and finite, got nan"),
         ("learning-rate", float("inf"), "learning-rate must be above 0 and finite, got inf"),

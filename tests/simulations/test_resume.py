@@ -188,6 +188,16 @@ def test_fewer_rounds_than_are_done_are_refused(tmp_path):
         go_on(tmp_path / "run", rounds=1)
 
 
+def test_the_command_refuses_a_round_that_is_done(ended):
+    for rounds in ("0", "1"):
+        arguments = ["simulate", "--resume", str(ended), "--rounds", rounds]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 1
+        assert f"rounds is {rounds}, and the run in {ended} has done 1; name a later round" in (
+            result.output
+        )
+
+
 def test_another_network_is_refused(ended):
     settings, _ = resumed(ended)
     with pytest.raises(ConfigError, match=r"drop is 0\.5, and was not set as the run in"):

@@ -76,6 +76,20 @@ def test_wherever_the_server_is_killed_it_goes_on_to_the_same_end(
     assert len(rounds_of(folder)) == ROUNDS + 1
 
 
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_run_that_goes_on_to_more_rounds_is_one_that_was_to_have_them(
+    tmp_path, scripted_grid, settings
+):
+    """And nobody trains a round twice."""
+    fleet = Fleet(scripted_grid, **settings)
+    whole = fleet.run(tmp_path / "whole", rounds=6)
+    folder = tmp_path / "run"
+    fleet.run(folder, rounds=4)
+    strategy = fleet.run(folder, rounds=6, resume=True)
+    assert_same_end(folder, strategy, tmp_path / "whole", whole)
+    assert len(rounds_of(folder)) == 7 and not repeated_rounds(folder)
+
+
 def test_a_resumed_run_that_is_killed_again_goes_on_too(tmp_path, monkeypatch, scripted_grid):
     fleet = Fleet(scripted_grid, **RUNS["feddyn"])
     whole = fleet.run(tmp_path / "whole", resume=True)

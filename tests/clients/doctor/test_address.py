@@ -18,6 +18,7 @@ from clients.doctor.address import (
     read_bundle,
 )
 from fleet.deploy.bundle import install_bundle
+from fleet.deploy.bundle import read_bundle as read_as_client
 from fleet.errors import ConfigError
 
 
@@ -64,14 +65,27 @@ def test_a_bundle_tells_its_server_and_authority(tmp_path, files, make):
     assert found.fact.endswith("is whole, its key for its owner alone (0600)")
 
 
-@pytest.mark.parametrize(("make", "key"), [(archive, ""), (folder, "/device.key")])
 @pytest.mark.parametrize("mode", [0o644, 0o660, 0o604])
-def test_a_key_that_others_can_read_is_a_warning(tmp_path, files, make, key, mode):
-    path = make(tmp_path / "pi-01", files, mode)
+def test_an_archive_that_others_can_read_is_a_warning(tmp_path, files, mode):
+    path = archive(tmp_path / "pi-01", files, mode)
     found = bundle_finding(read_bundle(path), os.getuid())
     assert found.state == "warning"
-    assert found.fact == f"{path}{key} holds the device's key, and has permissions {mode:04o}"
-    assert found.remedy.startswith(f"chmod 600 {path}{key};")
+    assert found.fact == f"{path} holds the device's key, and has permissions {mode:04o}"
+    assert found.remedy.startswith(f"chmod 600 {path};")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o604])
+def test_a_folder_whose_key_others_can_use_is_the_problem_that_the_client_has(
+    tmp_path, files, mode
+):
+    path = folder(tmp_path / "pi-01", files, mode)
+    found = bundle_finding(read_bundle(path), os.getuid())
+    assert found.state == "problem"
+    with pytest.raises(ConfigError) as refused:
+        read_as_client(path)
+    assert f"{found.fact}; {found.remedy}" == str(refused.value)
+    assert found.fact.startswith(f"{path}/device.key is this device's private key, and its mode")
+    assert found.remedy.startswith(f"chmod 600 {path}/device.key ")
 
 
 def test_somebody_elses_bundle_is_for_them_to_look_at(tmp_path, files):

@@ -2,6 +2,9 @@ import pytest
 from PIL import Image
 
 from clients.doctor.images import images_finding, listed_finding
+from fleet.deploy.addresses import Address
+from fleet.deploy.client import ClientOptions
+from fleet.errors import ConfigError
 
 
 @pytest.fixture
@@ -54,6 +57,29 @@ def test_a_folder_without_classes_or_none_at_all_is_a_problem(tmp_path, readable
     assert "class folders" in empty.fact
     assert str(tmp_path / "gone") in gone.fact
     assert empty.remedy.startswith("put the images of each class in a folder of its own")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_what_is_no_folder_is_refused_in_the_words_of_the_client(tmp_path, monkeypatch, readable):
+    """A built-in data set too: a device trains on images of its own."""
+    monkeypatch.chdir(tmp_path)
+    found = images_finding("digits", readable=readable)
+    node = {"name": "pi-01", "data": str(tmp_path / "digits")}
+    options = ClientOptions(state=tmp_path, node=node, server=Address.parse("127.0.0.1"))
+    with pytest.raises(ConfigError) as refused:
+        options.check()
+    assert found.state == "problem"
+    assert f"{found.fact}; {found.remedy}" == str(refused.value)
+    assert found.fact == f"--data {tmp_path / 'digits'} is no folder"
+    assert found.remedy.startswith("name one that has a folder of images for each class")
+
+
+def test_a_folder_that_is_named_as_a_built_in_data_set_is_a_folder(folder, monkeypatch):
+    (folder / "digits").mkdir()
+    for name in ("cat", "dog"):
+        (folder / name).rename(folder / "digits" / name)
+    monkeypatch.chdir(folder)
+    assert images_finding("digits", readable=True).fact.endswith("/digits: cat 6, dog 9")
 
 
 def test_the_training_part_is_what_is_listed(folder, tmp_path_factory):

@@ -1,10 +1,13 @@
 import getpass
+import shutil
 
 import pytest
 from click.testing import CliRunner
 
 from fleet.cli import main
 from fleet.deploy import services
+from fleet.deploy.addresses import Address
+from fleet.deploy.provisioning import Provisioner
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +21,9 @@ def machine(monkeypatch):
 @pytest.fixture
 def service(tmp_path):
     """A function that runs `fleet service install` with paths that are there."""
-    for name in ("images", "server", "units"):
+    for name in ("images", "units"):
         (tmp_path / name).mkdir()
-    (tmp_path / "pi-01.tar.gz").touch()
+    Provisioner(tmp_path).begin([Address("server.local", 8000)], ["pi-01"])
     paths = {
         "client": ("--bundle", tmp_path / "pi-01.tar.gz", "--data", tmp_path / "images"),
         "server": ("--dir", tmp_path / "server"),
@@ -118,3 +121,58 @@ def test_a_unit_changed_by_hand_is_replaced_only_by_force(service, tmp_path):
     assert service("server").exit_code == 1
     assert service("server", "--force").exit_code == 0
     assert "# mine" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("side", "arguments", "complaint"),
+    [
+        ("client", ["--budget-mib", "-7"], "budget-mib must be off, auto or a number of MiB above"),
+        ("client", ["--set", "soft-temperature=999"], "from 0 to 150, got 999"),
+        ("client", ["--set", "blocks=two"], "must be a whole number from 0 on, got 'two'"),
+        ("client", ["--blocks", "-1"], "Invalid value for '--blocks': -1 is not in the range"),
+        ("client", ["--bugdet-mib", "7"], "No such option"),
+        ("client", ["--weights", "/no/file.pth"], "--weights /no/file.pth is no file"),
+        ("client", ["--insecure"], "--insecure uses no keys, and --bundle holds some"),
+        ("client", ["--data=/other"], "--data=/other after -- would take the place of the serv"),
+        ("server", ["--insecure"], "--insecure serves without encryption and keys, and --host 0.0"),
+        ("server", ["--port", "9"], "--port after -- would take the place of the service's own"),
+        ("server", ["--hots", "x"], "No such option"),
+    ],
+)
+@pytest.mark.parametrize("only_print", [[], ["--print"]])
+def test_a_command_that_would_fail_for_ever_becomes_no_unit(
+    service, tmp_path, side, arguments, complaint, only_print
+):
+    result = service(side, *only_print, "--", *arguments)
+    assert result.exit_code != 0 and complaint in result.output
+    assert list((tmp_path / "units").iterdir()) == []
+
+
+def test_a_bundle_or_folder_that_is_none_becomes_no_unit(service, tmp_path):
+    (tmp_path / "server" / "server.pem").write_text("x")
+    assert "server are damaged, or not of one another" in service("server").output
+    (tmp_path / "pi-01.tar.gz").write_text("x")
+    assert "pi-01.tar.gz is no bundle: " in service("client").output
+    (tmp_path / "images").rmdir()
+    (tmp_path / "images").touch()
+    shutil.copytree(tmp_path / "pi-01", tmp_path / "folder")
+    more = ("--bundle", tmp_path / "folder")
+    assert f"--data {tmp_path / 'images'} is no folder" in service("client", *more).output
+    (tmp_path / "folder" / "device.key").chmod(0o644)
+    assert "device.key is this device's private key, and its mode is 0644" in (
+        service("client", *more).output
+    )
+    assert list((tmp_path / "units").iterdir()) == []
+
+
+def test_files_that_arguments_name_are_seen_by_the_service(service, tmp_path, monkeypatch):
+    (tmp_path / "own.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    refused = service("client", "--", "--weights", "own.pth")
+    assert refused.exit_code == 1
+    assert f"would not find what is {tmp_path / 'own.pth'} here; name it so after --" in (
+        refused.output
+    )
+    text = service("client", "--", "--set", f"weights={tmp_path / 'own.pth'}").output
+    seen = [line for line in text.splitlines() if line.startswith("BindReadOnlyPaths")]
+    assert any(str(tmp_path / "own.pth") in line for line in seen)

@@ -102,7 +102,27 @@ def test_a_folder_is_a_bundle_too(tmp_path, state):
     folder.mkdir()
     for name, content in files_of().items():
         (folder / name).write_bytes(content)
+    (folder / "device.key").chmod(0o600)
     assert install_bundle(folder, state).name == read_bundle(folder).name == "pi-01"
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o602])
+def test_the_key_of_a_folder_that_others_can_use_is_refused(tmp_path, state, mode):
+    bundle = install_bundle(written(tmp_path, pack("pi-01", files_of())), state)
+    bundle.key_path.chmod(mode)
+    for open_one in (lambda: install_bundle(bundle.folder, tmp_path / "s"), bundle_in_use(state)):
+        with pytest.raises(ConfigError) as told:
+            open_one()
+        key = state / "bundles" / bundle.folder.name / "device.key"
+        assert f"{key} is this device's private key, and its mode is {mode:04o}" in str(told.value)
+        assert f"; chmod 600 {key} " in str(told.value)
+    assert not (tmp_path / "s").exists()
+    bundle.key_path.chmod(0o600)
+    assert installed_bundle(state).name == "pi-01"
+
+
+def bundle_in_use(state):
+    return lambda: bundle_to_use(None, state)
 
 
 def test_without_a_bundle_it_says_how_to_get_one(state):
@@ -184,7 +204,7 @@ def test_a_bundle_that_was_copied_in_part_is_refused(tmp_path, state, cut):
         ("bundle.toml", b'version = 1\nname = "../x"\nserver = "a:1"', "cannot be used"),
         ("bundle.toml", b'version = 1\nname = "x"\nserver = "a b"', "neither a DNS name"),
         ("bundle.toml", b"\xff", "is no bundle"),
-        ("ca.crt", b"x", "a certificate cannot be read"),
+        ("ca.crt", b"x", "is no bundle: ca.crt: it holds no certificate that can be read"),
         ("device.key", b"x", "device.key: it holds no private key that can be read"),
     ],
 )
@@ -242,7 +262,7 @@ def test_a_bundle_with_a_cut_certificate_leaves_the_good_one_in_use(tmp_path, st
     good = files_of()
     install_bundle(written(tmp_path, pack("pi-01", good)), state)
     bad = written(tmp_path, pack("pi-01", good | {"ca.crt": good["ca.crt"][:300]}))
-    with pytest.raises(ConfigError, match="is no bundle: a certificate cannot be read"):
+    with pytest.raises(ConfigError, match=r"is no bundle: ca\.crt: it holds no certificate"):
         install_bundle(bad, state)
     assert installed_bundle(state).authority_path.read_bytes() == good["ca.crt"]
 

@@ -120,9 +120,9 @@ def test_an_authority_that_has_expired_signs_nothing():
 
 
 def test_a_damaged_authority_is_named(authority):
-    with pytest.raises(ConfigError, match="a certificate cannot be read"):
+    with pytest.raises(ConfigError, match="it holds no certificate that can be read"):
         issue_server_certificate(Signed(b"nothing", authority.key), ["server.local"])
-    with pytest.raises(ConfigError, match="the authority's key cannot be read"):
+    with pytest.raises(ConfigError, match="it holds no private key that can be read"):
         issue_server_certificate(Signed(authority.certificate, b"nothing"), ["server.local"])
 
 

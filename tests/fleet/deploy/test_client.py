@@ -190,12 +190,18 @@ def run(*arguments):
             "unknown setting bogus of a device's node; known: name, data, blocks, budget-mib, "
             "weights, soft-temperature, least-battery",
         ),
+        (["--insecure", "--set", "soft-temperature=hot"], "number from 0 to 150, got 'hot'"),
+        (["--insecure", "--set", "soft-temperature=nan"], "number from 0 to 150, got nan"),
+        (["--insecure", "--set", "soft-temperature=true"], "number from 0 to 150, got True"),
+        (["--insecure", "--set", "least-battery=101"], "least-battery must be a number from 0 to"),
+        (["--insecure", "--set", "blocks=-1"], "must be a whole number from 0 on, got -1"),
+        (["--insecure", "--set", "blocks=1.5"], "must be a whole number from 0 on, got 1.5"),
         (["--insecure", "--weights", "/no/file.pth"], "--weights /no/file.pth is no file; name a"),
         (["--insecure", "--set", "weights=/no/file.pth"], "--weights /no/file.pth is no file"),
         (["--insecure", "--weights", "/"], "or one of: default, imagenet, none"),
         (
             ["--insecure", "--trusted-entities", "no.yaml"],
-            "there is no file of trusted keys, no.yaml; write a line NAME: ssh-ed25519 AAAA…",
+            "no.yaml; write a line NAME: ssh-ed25519 AAAA… for each key",
         ),
     ],
 )

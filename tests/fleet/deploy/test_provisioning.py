@@ -254,6 +254,33 @@ def test_revoking_names_whom_it_does_not_know(fleet):
         fleet.revoke(["pi-01"])
 
 
+@pytest.mark.parametrize(
+    ("file", "what", "way_out"),
+    [
+        ("server/server.pem", "certificate", "make it anew with: fleet provision --renew"),
+        ("server/ca.crt", "certificate", "put it back with: cp {out}/authority/ca.crt {file}"),
+        ("authority/ca.crt", "certificate", "put it back from a backup, or provision anew"),
+        ("authority/ca.key", "private key", "put it back from a backup, or provision anew"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_out(fleet, file, what, way_out):
+    path = fleet.out / file
+    path.write_bytes(path.read_bytes()[:100])
+    before = contents(fleet.out)
+    option = ("--renew",) if file.startswith("authority") else ("--add", "pi-03")
+    result = run("--out", fleet.out, *option)
+    assert result.exit_code == 1
+    assert f"Error: {path}: it holds no {what} that can be read (" in result.output
+    assert f"; {way_out.format(out=fleet.out, file=path)}" in result.output
+    assert contents(fleet.out) == before
+
+
+def test_a_damaged_server_certificate_is_mended_by_what_the_error_says(fleet):
+    fleet.server.certificate_path.write_bytes(b"x")
+    assert run("--out", fleet.out, "--renew").exit_code == 0
+    assert run("--out", fleet.out, "--add", "pi-03").exit_code == 0
+
+
 def test_without_its_authority_a_server_cannot_be_renewed(fleet):
     (fleet.out / "authority" / "ca.key").unlink()
     with pytest.raises(ConfigError, match=r"there is no authority's key, .*put it back from a"):

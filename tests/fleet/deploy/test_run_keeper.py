@@ -9,7 +9,7 @@ from fleet.deploy.control import ControlError, FlowerRun, Node
 from fleet.deploy.run_keeper import MOST_FRUITLESS, RunKeeper
 from fleet.deploy.wishes import Wish, Wishes
 from fleet.errors import ConfigError
-from fleet.records import RoundReport, to_json
+from fleet.records import RoundReport, RunRecord, to_json
 
 
 class FakeFlower:
@@ -110,9 +110,11 @@ def add_round(wishes, number):
         file.write(to_json(asdict(report)) + "\n")
 
 
-def finish(wishes):
+def finish(wishes, rounds=4):
+    """As a run to so many rounds ends."""
     folder = Path(wishes.read("first").run_dir)
-    folder.mkdir(exist_ok=True)
+    for number in range(RunRecord(folder).last_round + 1, rounds + 1):
+        add_round(wishes, number)
     (folder / "summary.json").write_text(json.dumps({}))
 
 
@@ -357,8 +359,48 @@ def test_one_that_has_finished_does_not_go_on(wishes, flower, attend):
     finish(wishes)
     flower.end("completed")
     attend()
-    with pytest.raises(ConfigError, match="run first has finished; look at it: fleet report"):
+    with pytest.raises(ConfigError, match="run first has finished its 4 rounds; look at it"):
         wishes.resume("first")
+
+
+@pytest.mark.parametrize("asked", ["while it goes on", "once it has ended", "once it has finished"])
+def test_a_run_that_is_to_have_more_rounds_goes_on_after_its_end(wishes, flower, attend, asked):
+    before = attend()
+    if asked == "while it goes on":
+        wishes.resume("first", 6)
+        assert attend() == replace(before, attempt=2)
+        assert len(flower.submitted) == 1
+    finish(wishes)
+    flower.end("completed")
+    if asked == "once it has finished":
+        assert attend().status == "finished"
+    if asked != "while it goes on":
+        wishes.resume("first", 6)
+    standing = attend()
+    if standing.status == "waiting":
+        assert standing.reason == "it goes on to round 6"
+        standing = attend()
+    assert (standing.status, standing.fruitless) == ("running", 0)
+    (_, first), (app, second) = flower.submitted
+    assert second == first | {"rounds": 6, "resume": True} and app == b"app"
+    assert attend().status == "running"  # though a summary of the rounds before is there
+    finish(wishes, rounds=6)
+    flower.end("completed")
+    assert attend().status == attend().status == "finished"
+    assert len(flower.submitted) == 2
+
+
+def test_one_that_never_gets_to_its_further_rounds_is_given_up(wishes, flower, attend):
+    attend()
+    finish(wishes)
+    flower.end("completed")
+    attend()
+    wishes.resume("first", 6)
+    for _ in range(MOST_FRUITLESS):
+        assert attend().status == "running"
+        flower.end("failed", "no more")  # before it has removed its summary
+        standing = attend()
+    assert standing.status == "failed" and standing.reason.endswith("the last time: no more")
 
 
 def test_asking_a_run_that_goes_on_to_go_on_changes_nothing(wishes, flower, attend):

@@ -20,10 +20,10 @@ from fleet.cli import main
 from fleet.deploy import server as module
 from fleet.deploy.addresses import Address
 from fleet.deploy.app_bundle import LEFT_OUT, app_files, build_app
-from fleet.deploy.control import ControlError
+from fleet.deploy.control import ControlError, Node
 from fleet.deploy.diagnosis import last_words
 from fleet.deploy.one_at_a_time import alone_in, somebody_in
-from fleet.deploy.provisioning import Provisioner
+from fleet.deploy.provisioning import Provisioner, ServerFolder
 from fleet.deploy.server import Attendant, ServerOptions, answers
 from fleet.deploy.supervisor import Ending
 from fleet.deploy.wishes import Standing, Wishes
@@ -35,7 +35,7 @@ from tests.ssh_keys import fingerprint, make_key, public, verified
 @pytest.fixture
 def folder(tmp_path):
     provisioner = Provisioner(tmp_path)
-    provisioner.begin([Address("server.local", 9000)], ["pi-01"])
+    provisioner.begin([Address("server.local", 9000)], ["pi-01", "pi-02"])
     return provisioner.server
 
 
@@ -223,10 +223,10 @@ def test_devices_are_looked_after_when_the_registry_changes(options, monkeypatch
     )
     attendant._look_after_devices(None)
     attendant._look_after_devices(None)
-    Provisioner(tmp_path).add(["pi-02"])
+    Provisioner(tmp_path).add(["pi-03"])
     attendant._look_after_devices(None)
     attendant._look_after_devices(None)
-    assert seen == [["pi-01"], ["pi-01", "pi-02"]]
+    assert seen == [["pi-01", "pi-02"], ["pi-01", "pi-02", "pi-03"]]
 
 
 def test_what_goes_wrong_is_told_once_and_does_not_end_the_attendant(options, monkeypatch, caplog):
@@ -290,7 +290,7 @@ class FakeControl:
     ("broken", "complaint"),
     [
         ("registry_path", "devices.toml cannot be read"),
-        ("certificate_path", "a certificate cannot be read"),
+        ("certificate_path", "server.pem: it holds no certificate that can be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_once_and_runs_are_attended(
@@ -479,6 +479,18 @@ def test_a_passphrase_is_not_asked_for_without_a_terminal(folder, tmp_path):
         (["--stop", "x", "--resume", "y"], "--resume stands alone"),
         (["--sign", "no/key"], "there is no key to sign with, no/key; make one with: ssh-keygen"),
         (["--resume", "x", "--sign", "key"], "--resume stands alone"),
+        (["--resume", "x", "--seed", "3"], "--resume stands alone, or with --rounds: a run that"),
+        (["--resume", "x", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--set", "soft-temperature=hot"], "soft-temperature must be float, got 'hot' (str); it"),
+        (["--soft-temperature", "200"], "soft-temperature must be a number from 0 to 150, got 200"),
+        (["--blocks", "1,99"], "blocks is 99, efficientnet_lite0 has 16; choose 0 to 16"),
+        (["--backbone", "mobilenet_v9"], "unknown backbone mobilenet_v9; examples"),
+        (
+            ["--min-clients", "3"],
+            "min-clients is 3, and 2 devices are registered; add some where you began the fleet: "
+            "fleet provision --add NAME, or lower it: --min-clients 2",
+        ),
+        (["--quorum", "3"], "quorum is 3, and 2 devices are registered"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, arguments, complaint):
@@ -486,6 +498,71 @@ def test_a_run_that_cannot_be_is_refused_before_it_is_wished_for(folder, argumen
         result = run("run", "--dir", folder.path, *arguments)
     assert result.exit_code == 1 and complaint in result.output
     assert not list(folder.path.glob("runs/*.toml"))
+
+
+def test_a_revoked_device_does_not_count(folder, tmp_path):
+    Provisioner(tmp_path).revoke(["pi-01", "pi-02"])
+    with folder.alone():
+        result = run("run", "--dir", folder.path)
+    assert result.exit_code == 1
+    assert "min-clients is 2, and 0 devices are registered; add some" in result.output
+    assert result.output.endswith("fleet provision --add NAME\n")
+
+
+def test_without_keys_too_few_devices_are_a_warning(tmp_path, monkeypatch):
+    asked = []
+
+    class Flower:
+        def __init__(self, address, authority):
+            asked.append((str(address), authority))
+
+        def nodes(self):
+            return [Node(1, b"a", "online"), Node(2, b"b", "offline")]
+
+        def close(self):
+            asked.append("closed")
+
+    monkeypatch.setattr("fleet.deploy.control.Control", Flower)
+    server = ServerFolder(tmp_path / "server")
+    options = ServerOptions(
+        folder=server, state=server.state_path, host="127.0.0.1", port=9000, insecure=True
+    )
+
+    def wish(stop):
+        start = ("run", "--dir", server.path, "--detach", "--evaluation", "clients")
+        for count, warned in ((1, False), (2, True)):
+            done = run(*start, "--beside", "--name", count, "--min-clients", count)
+            assert done.exit_code == 0, done.output
+            text = "Warning: 1 devices are online, and min-clients is 2; the run waits for more"
+            assert (text in done.stderr) == warned
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        module.serve(options, wish)
+    assert asked == [("127.0.0.1:9000", None), "closed"] * 2
+
+
+def test_with_keys_nobody_is_asked(options):
+    def look(stop):
+        assert options.folder.insecure_address() is None
+        raise KeyboardInterrupt
+
+    options.folder.note_serving(options.here, insecure=True)  # as it was tried before
+    with pytest.raises(KeyboardInterrupt):
+        module.serve(options, look)
+
+
+@pytest.mark.parametrize("option", [["--list"], ["--stop", "x"]])
+def test_a_folder_that_is_no_servers_is_refused(tmp_path, option):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        result = run("run", "--dir", folder, *option)
+        assert result.exit_code == 1
+        assert f"{folder} is no server's folder: neither devices.toml nor runs is in it; name" in (
+            result.output
+        )
+        assert "with --dir, or make one with: fleet provision --host" in result.output
+    with alone_in(tmp_path, "fleet server", file="server.lock"):  # one without keys, and no run
+        assert run("run", "--dir", tmp_path, "--list").exit_code == 0
 
 
 def test_where_devices_evaluate_the_server_needs_no_images(folder):
@@ -554,6 +631,40 @@ def test_a_run_that_is_over_does_not_go_on_beside_another_unasked(folder, runs):
     assert followed.exit_code == 0
     both = run("run", "--dir", folder.path, "--resume", "one", "--detach", "--beside")
     assert both.exit_code == 0 and runs.going_on() == ["one", "two"]
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped", "failed", "running"])
+def test_a_run_goes_on_to_more_rounds_than_it_was_to_have(folder, runs, status):
+    for number in range(8):
+        add_round(Path(runs.read("one").run_dir), number)
+    runs.write_standing("one", Standing(status=status))
+    resume = ("run", "--dir", folder.path, "--resume", "one", "--detach")
+    for rounds in (5, 7):
+        refused = run(*resume, "--rounds", rounds)
+        assert refused.exit_code == 1
+        assert (
+            f"rounds is {rounds}, and the run in {runs.read('one').run_dir} has done 7; name"
+            in (refused.output)
+        )
+    before = runs.read("one")
+    for rounds in (12, 12):  # twice is once
+        assert run(*resume, "--set", f"rounds={rounds}").exit_code == 0
+    assert runs.read("one") == replace(
+        before, settings=before.settings | {"rounds": 12}, attempt=before.attempt + 1
+    )
+    fewer = run(*resume, "--rounds", 9)
+    assert fewer.exit_code == 1
+    assert "rounds is 9, and run one goes on to round 12; end it first: fleet run --stop one" in (
+        fewer.output
+    )
+
+
+def test_a_finished_run_is_told_how_it_could_go_on(folder, runs):
+    runs.write_standing("one", Standing(status="finished"))
+    refused = run("run", "--dir", folder.path, "--resume", "one")
+    assert refused.exit_code == 1
+    assert "run one has finished its 7 rounds; look at it: fleet report " in refused.output
+    assert "let it go on: fleet run --resume one --rounds MORE" in refused.output
 
 
 @pytest.mark.parametrize("damaged", ["one.toml", "one.state.toml"])
