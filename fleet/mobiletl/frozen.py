@@ -9,7 +9,7 @@ from torch import Tensor
 from fleet.mobiletl.chunks import images_in_chunk
 from fleet.mobiletl.convolution import Convolution
 from fleet.mobiletl.functional import activate, gradients_from
-from fleet.structure import InvertedResidual, Step, Unit
+from fleet.structure import InvertedResidual, Step, Unit, squeeze_excite
 
 Part = InvertedResidual | Unit | Step
 
@@ -72,4 +72,4 @@ def _add(y: Tensor, x: Tensor) -> Tensor:
 def _run_unit(unit: Unit, x: Tensor) -> Tensor:
     # In place, nothing is lost: autograd keeps no conv's output.
     x = activate(Convolution(unit.conv, unit.norm).forward(x), unit.activation, inplace=True)
-    return x if unit.squeeze_excite is None else unit.squeeze_excite(x)
+    return x if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, x)
