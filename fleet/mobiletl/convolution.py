@@ -27,6 +27,7 @@ class Convolution:
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> None:
         self._conv = conv
         self._a = self._bias = None
+        self._learns_shift = norm is not None and norm.bias.requires_grad
         self._weight = conv.weight
         if norm is not None:
             self._a = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -50,7 +51,7 @@ class Convolution:
 
         Adds to the gradients of weight and shift, as far as they learn.
         """
-        if self._bias is not None:
+        if self._learns_shift:
             self._d_bias = _sum(self._d_bias, d.sum((0, 2, 3)))
         if _is_product(self._conv):
             return self._product_backward(d, x, wants_input)

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from fleet.mobiletl.chunks import chunks, images_in_chunk, room
 from fleet.mobiletl.convolution import Convolution
-from fleet.mobiletl.functional import activate, gradients_from, is_clamp
+from fleet.mobiletl.functional import (
+    activate,
+    activation_backward,
+    gradients_from,
+    is_clamp,
+)
 from fleet.mobiletl.stash import keep, restore
 from fleet.structure import InvertedResidual, Unit, excitation, squeeze_excite
 
@@ -267,7 +272,7 @@ def _backward_chunk(
             d = convs[j].backward(d, h, True)
         else:
             d = _gated_backward(convs[j], below.squeeze_excite, d, h, gradients)
-        d = _activation_backward(below.activation, d, p)
+        d = activation_backward(below.activation, d, p)
     return convs[0].backward(d, x, wants_input)
 
 
@@ -278,19 +283,6 @@ def _activated(unit: Unit, p: Tensor) -> Tensor:
 
 def _gated(unit: Unit, h: Tensor) -> Tensor:
     return h if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, h)
-
-
-def _activation_backward(activation: nn.Module | None, d: Tensor, p: Tensor) -> Tensor:
-    """The gradient at an activation's input, written over d, the one at its output."""
-    if activation is None:
-        return d
-    if isinstance(activation, nn.ReLU6):
-        return torch.ops.aten.hardtanh_backward(d, p, 0, 6, grad_input=d)
-    if isinstance(activation, nn.ReLU):
-        return torch.ops.aten.threshold_backward(d, p, 0, grad_input=d)
-    if isinstance(activation, nn.Hardswish):
-        return torch.ops.aten.hardswish_backward(d, p, out=d)
-    return torch.ops.aten.silu_backward(d, p, grad_input=d)
 
 
 def _gated_backward(
