@@ -354,6 +354,7 @@ def test_rounding_hardly_turns_the_gradients_of_pretrained_blocks(digits_block, 
 
 
 @pytest.mark.parametrize("stash", ["bfloat16", "int8"])
+@torch.no_grad()
 def test_relu6_s_shift_and_input_gradients_do_not_feel_the_rounding(digits_block, stash):
     """From the last norm downwards they depend on masks alone, which are exact."""
     block, x = digits_block
