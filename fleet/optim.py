@@ -127,7 +127,7 @@ class SGD:
             self._velocity[i] = torch.zeros_like(direction, dtype=self.momentum_dtype)
         buffer = self._velocity[i]
         if buffer.dtype == torch.float32:
-            return buffer.mul_(self.momentum).add_(direction)
+            return torch.add(direction, buffer, alpha=self.momentum, out=buffer)
         velocity = buffer.float().mul_(self.momentum).add_(direction)
         buffer.copy_(stochastic_bfloat16(velocity))
         return velocity

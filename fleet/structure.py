@@ -15,11 +15,13 @@ from itertools import pairwise
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fleet.errors import ConfigError
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
+_POOLING = (nn.AdaptiveAvgPool2d, nn.Identity)  # of a squeeze-excite, and what does nothing
 _DROP_PATHS = {"DropPath", "StochasticDepth"}  # timm's and torchvision's
 
 
@@ -207,7 +209,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_squeeze_excite(module: nn.Module) -> bool:
     """Two pointwise convs and nothing that normalises: a gate from pooled features."""
-    parts = [m for m in module.modules() if not list(m.children())]
+    parts = _parts(module)
     convs = [m for m in parts if isinstance(m, nn.Conv2d)]
     return (
         len(convs) == 2
@@ -215,7 +217,29 @@ def _is_squeeze_excite(module: nn.Module) -> bool:
         and all(conv.kernel_size == (1, 1) and conv.bias is not None for conv in convs)
         and convs[0].in_channels == convs[1].out_channels
         and not any(isinstance(m, nn.BatchNorm2d) for m in parts)
+        and len([m for m in parts if not isinstance(m, _POOLING)]) == 4
     )
+
+
+def squeeze_excite(module: nn.Module, x: Tensor) -> Tensor:
+    """A squeeze-excite, x·s(mean x); x (N, C, H, W)."""
+    return x * excitation(module, x.mean((2, 3)))
+
+
+def excitation(module: nn.Module, means: Tensor) -> Tensor:
+    """The factors s (N, C, 1, 1) of a squeeze-excite, from its channels' means (N, C).
+
+    Its convs are of one pixel, and so matrix products.
+    """
+    squeeze, *between, gate = (m for m in _parts(module) if not isinstance(m, _POOLING))
+    (excite,) = (m for m in between if isinstance(m, nn.Conv2d))
+    (activation,) = (m for m in between if m is not excite)
+    hidden = activation(F.linear(means, squeeze.weight.flatten(1), squeeze.bias))
+    return gate(F.linear(hidden, excite.weight.flatten(1), excite.bias))[:, :, None, None]
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if not list(m.children())]
 
 
 def _parse_units(leaves: list[nn.Module]) -> tuple[Unit, ...] | None:
@@ -238,12 +262,12 @@ def _parse_units(leaves: list[nn.Module]) -> tuple[Unit, ...] | None:
 def eval_forward(unit: Unit, x: Tensor) -> Tensor:
     """A unit with its running statistics, part by part; x (N, C, H, W)."""
     norm = unit.norm
-    x = nn.functional.batch_norm(
+    x = F.batch_norm(
         unit.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
     )
     if unit.activation is not None:
         x = unit.activation(x)
-    return x if unit.squeeze_excite is None else unit.squeeze_excite(x)
+    return x if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, x)
 
 
 def _runs_alike(block: InvertedResidual) -> bool:

@@ -18,7 +18,7 @@ from fleet.config import FeatureConfig, LocalConfig
 from fleet.data import ImageData, batch_positions, visiting_order
 from fleet.errors import ConfigError, UpdateError
 from fleet.features import FeatureSource
-from fleet.heap import trim
+from fleet.heap import reuse, trim
 from fleet.measure import allocator_peak
 from fleet.mobiletl import TransferModel
 from fleet.objective import Proximal
@@ -88,6 +88,7 @@ def train_locally(
     if not len(data):
         raise ConfigError(f"{data.name} has no training images for this client; give it some")
     model.train()
+    reuse()
     if trims:
         trim()  # of what was held while the model and its state were read
     optimizer = SGD(

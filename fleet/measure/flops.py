@@ -100,6 +100,7 @@ _FLOPS: dict[Any, Callable[[tuple, Any], int]] = {
     _aten.mm.default: _product(0),
     _aten.bmm.default: _product(0),
     _aten.addmm.default: _product(1),
+    _aten.addmm_.default: _product(1),
     _aten.baddbmm.default: _product(1),
     _aten.mv.default: _product(0),
     _aten.addmv.default: _product(1),

@@ -21,6 +21,7 @@ import torch
 
 from fleet.baselines import BASELINES
 from fleet.errors import ConfigError
+from fleet.heap import reuse
 from fleet.measure.setup import Setup, Subject
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -98,6 +99,7 @@ def _main(words: str) -> None:
         # PyTorch's checkpoint does so at its first call; imports are no part of what a step takes.
         importlib.import_module("torch._dynamo")
     subject = Subject(setup, setup.load())
+    reuse()  # as `train_locally`
     with resident_growth() as growth:
         for _ in range(_STEPS):
             subject.step()

@@ -27,6 +27,7 @@ class Convolution:
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> None:
         self._conv = conv
         self._a = self._bias = None
+        self._learns_shift = norm is not None and norm.bias.requires_grad
         self._weight = conv.weight
         if norm is not None:
             self._a = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -38,8 +39,10 @@ class Convolution:
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W')."""
         conv = self._conv
+        if _is_product(conv):
+            return _maps(F.linear(_pixels(x), self._weight.flatten(1), self._bias), x)
         return F.conv2d(
-            pad_for(conv, x), self._weight, self._bias, conv.stride, conv.padding, _dilation(conv),
+            pad_for(conv, x), self._weight, self._bias, conv.stride, conv.padding, conv.dilation,
             conv.groups,
         )  # fmt: skip
 
@@ -48,23 +51,35 @@ class Convolution:
 
         Adds to the gradients of weight and shift, as far as they learn.
         """
+        if self._learns_shift:
+            self._d_bias = _sum(self._d_bias, d.sum((0, 2, 3)))
+        if _is_product(self._conv):
+            return self._product_backward(d, x, wants_input)
         conv, padded = self._conv, pad_for(self._conv, x)
         wants_weight = conv.weight.requires_grad
         one_to_one = conv.groups == conv.in_channels == conv.out_channels
         fold = wants_weight and one_to_one and _is_slow(conv, x)
         d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-            d, padded, self._weight, None, conv.stride, conv.padding, _dilation(conv), False,
+            d, padded, self._weight, None, conv.stride, conv.padding, conv.dilation, False,
             [0, 0], conv.groups, [wants_input, wants_weight and not fold, False],
         )  # fmt: skip
         if wants_weight:
             d_weight = _depthwise_weight_gradient(conv, d, padded) if fold else d_weight
             self._d_weight = _sum(self._d_weight, d_weight)
-        if self._bias is not None:
-            self._d_bias = _sum(self._d_bias, d.sum((0, 2, 3)))
         if d_input is None:
             return None
         top, left = ((p - n) // 2 for p, n in zip(padded.shape[2:], x.shape[2:], strict=True))
         return d_input[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+    def _product_backward(self, d: Tensor, x: Tensor, wants_input: bool) -> Tensor | None:
+        """Through Y = X·Wᵀ: dW += dYᵀ·X, dX = dY·W."""
+        d = _pixels(d)
+        if self._conv.weight.requires_grad:
+            if self._d_weight is None:
+                self._d_weight = torch.mm(d.t(), _pixels(x)).view_as(self._weight)
+            else:
+                self._d_weight.flatten(1).addmm_(d.t(), _pixels(x))
+        return _maps(torch.mm(d, self._weight.flatten(1)), x) if wants_input else None
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of the conv's own weight and of the norm's shift, over all of `backward`."""
@@ -77,14 +92,26 @@ def _sum(total: Tensor | None, term: Tensor) -> Tensor:
     return term if total is None else total.add_(term)
 
 
-def _dilation(conv: nn.Conv2d) -> tuple[int, ...]:
-    """The conv's own; but of one pixel, which has nothing to dilate, it is said to be two.
+def _is_product(conv: nn.Conv2d) -> bool:
+    """Whether a conv is a matrix product: pixels × channels, times the weight.
 
-    On one thread PyTorch gives a pointwise conv of fewer than sixteen images to
-    a matrix product that takes twice as long as oneDNN's conv, unless it is
-    strided or dilated.
+    oneDNN takes a sixth longer for the same, as it lays out the weight anew at every call;
+    and on one thread it is not asked about fewer than sixteen images, for which PyTorch's
+    own kernel takes twice as long.
     """
-    return (2, 2) if conv.kernel_size == (1, 1) else conv.dilation
+    plain = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+    return plain and not any(conv.padding)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N·H·W, C): if x is channels_last, the same memory."""
+    return x.movedim(1, -1).flatten(0, 2)
+
+
+def _maps(pixels: Tensor, like: Tensor) -> Tensor:
+    """(N·H·W, C) as (N, C, H, W), channels_last, with N, H and W of `like`."""
+    n, _, high, wide = like.shape
+    return pixels.unflatten(0, (n, high, wide)).movedim(-1, 1)
 
 
 def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -105,9 +132,11 @@ def _depthwise_weight_gradient(conv: nn.Conv2d, d: Tensor, x: Tensor) -> Tensor:
             for k, g in zip(conv.kernel_size, conv.dilation, strict=True)
         ]
         return (padded[:, :, taps[0], taps[1]] * d).sum(0)[:, None]
+    # Channels stay last: whole rows of them are copied, where one by one takes twice as long.
+    side_by_side = x.permute(2, 3, 0, 1).reshape(1, *size, n * c).movedim(-1, 1)
     correlated = F.conv2d(
-        x.reshape(1, n * c, *size), d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation,
-        conv.padding, conv.stride, groups=n * c,
+        side_by_side, d.reshape(n * c, 1, *d.shape[2:]), None, conv.dilation, conv.padding,
+        conv.stride, groups=n * c,
     )  # fmt: skip
     high, wide = conv.kernel_size
     return correlated[0, :, :high, :wide].reshape(n, c, 1, high, wide).sum(0)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fleet.mobiletl.chunks import images_in_chunk
 from fleet.mobiletl.convolution import Convolution
-from fleet.mobiletl.functional import activate, gradients_from
-from fleet.structure import InvertedResidual, Step, Unit
+from fleet.mobiletl.functional import activate, activation_backward, gradients_from, is_clamp
+from fleet.structure import InvertedResidual, Step, Unit, squeeze_excite
 
 Part = InvertedResidual | Unit | Step
 
@@ -57,11 +57,29 @@ class _FrozenTail(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         chunk, dx = images_in_chunk(x), torch.empty_like(x)
         for part, d_out, into in zip(*(t.split(chunk) for t in (x, grad, dx)), strict=True):
-            with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                y = run_frozen(ctx.parts, leaf.clone())
-                into.copy_(gradients_from(y, d_out, [leaf])[0])
+            into.copy_(_backward(ctx.parts, part, d_out))
         return dx, None
+
+
+def _backward(parts: Sequence[Part], x: Tensor, d: Tensor) -> Tensor:
+    """The gradient at x from d, the one at what the parts make of it.
+
+    Through a unit at their start, whose maps are a tail's largest, it goes by hand.
+    """
+    first, *rest = parts
+    if not isinstance(first, Unit) or first.squeeze_excite is not None:
+        return _stock_backward(parts, x, d)
+    conv, activation = Convolution(first.conv, first.norm), first.activation
+    p = conv.forward(x)
+    h = activate(p, activation, inplace=is_clamp(activation))
+    d = _stock_backward(rest, h, d).contiguous(memory_format=torch.channels_last)
+    return conv.backward(activation_backward(activation, d, p), x, True)
+
+
+def _stock_backward(parts: Sequence[Part], x: Tensor, d: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return gradients_from(run_frozen(parts, leaf.clone()), d, [leaf])[0]
 
 
 def _add(y: Tensor, x: Tensor) -> Tensor:
@@ -70,6 +88,7 @@ def _add(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _run_unit(unit: Unit, x: Tensor) -> Tensor:
-    # In place, nothing is lost: autograd keeps no conv's output.
-    x = activate(Convolution(unit.conv, unit.norm).forward(x), unit.activation, inplace=True)
-    return x if unit.squeeze_excite is None else unit.squeeze_excite(x)
+    x = Convolution(unit.conv, unit.norm).forward(x)
+    # Not in place for autograd, which would copy the whole: a conv's output may be a view.
+    x = activate(x, unit.activation, inplace=not x.requires_grad)
+    return x if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, x)

@@ -54,6 +54,19 @@ def activate(x: Tensor, activation: nn.Module | None, inplace: bool = False) -> 
     return F.hardswish(x, inplace) if isinstance(activation, nn.Hardswish) else F.silu(x, inplace)
 
 
+def activation_backward(activation: nn.Module | None, d: Tensor, p: Tensor) -> Tensor:
+    """The gradient at an activation's input, written over d, the one at its output."""
+    if activation is None:
+        return d
+    if isinstance(activation, nn.ReLU6):
+        return torch.ops.aten.hardtanh_backward(d, p, 0, 6, grad_input=d)
+    if isinstance(activation, nn.ReLU):
+        return torch.ops.aten.threshold_backward(d, p, 0, grad_input=d)
+    if isinstance(activation, nn.Hardswish):
+        return torch.ops.aten.hardswish_backward(d, p, out=d)
+    return torch.ops.aten.silu_backward(d, p, grad_input=d)
+
+
 def is_clamp(activation: nn.Module | None) -> bool:
     """Whether the derivative follows from the output as well as from the input."""
     return isinstance(activation, nn.ReLU | nn.ReLU6)

@@ -15,9 +15,14 @@ from torch import Tensor
 
 from fleet.mobiletl.chunks import chunks, images_in_chunk, room
 from fleet.mobiletl.convolution import Convolution
-from fleet.mobiletl.functional import activate, gradients_from, is_clamp
+from fleet.mobiletl.functional import (
+    activate,
+    activation_backward,
+    gradients_from,
+    is_clamp,
+)
 from fleet.mobiletl.stash import keep, restore
-from fleet.structure import InvertedResidual, Unit
+from fleet.structure import InvertedResidual, Unit, excitation, squeeze_excite
 
 # Under a smaller scale a norm's input cannot be told from its output, and is kept.
 _SMALL_SCALE = 0.1
@@ -89,10 +94,11 @@ class _InvertedResidual(torch.autograd.Function):
         norm, kept, z = block.units[-1].norm, [], None
         convs, seen_by = _convolutions(block), [None, *_activations(block)]
         for part in chunks(len(x), chunk):
-            maps, h = _internal(block, convs, x[part])
+            maps = _internal(block, convs, x[part])
             if stash != "recompute":
                 for map_, activation in zip((x[part], *maps), seen_by, strict=True):
                     kept += keep(map_, activation, stash)
+            h = _activated(block.units[-2], maps.pop())
             del maps
             out = convs[-1].forward(_gated(block.units[-2], h))
             z = room(out, len(x)) if z is None else z
@@ -186,15 +192,19 @@ class _Recomputed:
         self._block, self._convs, self._factor = block, convs, factor
         self._x, self._y, self._z_small = kept
         self._mean, self._inverse_std = mean, inverse_std
+        norm = block.units[-1].norm
+        self._small = _small(norm)
+        self._shift = _wide(norm.bias)
+        self._scale = _wide(torch.where(self._small, 1, norm.weight))
 
     def chunk(self, part: slice) -> tuple[Tensor, list[Tensor], Tensor]:
         """Input, internal maps and the last norm's normalised input of a chunk."""
-        maps, h = _internal(self._block, self._convs, self._x[part])
+        maps, last = _internal(self._block, self._convs, self._x[part]), self._block.units[-2]
         normalised = self.normalised(part)
         if self._factor is not None:  # the output of a dropped branch says nothing of it
             dropped = self._factor[part].flatten() == 0
             if not dropped.is_meta and dropped.any():
-                h = _gated(self._block.units[-2], h[dropped])
+                h = _gated(last, _activated(last, maps[-1][dropped]))
                 z = self._convs[-1].forward(h) - _wide(self._mean)
                 normalised[dropped] = z * _wide(self._inverse_std)
         return self._x[part], maps, normalised
@@ -206,14 +216,11 @@ class _Recomputed:
         without the shortcut: the last conv, a third of the block, need not run again.
         Where the branch was dropped this is not so, and the result is any number.
         """
-        norm = self._block.units[-1].norm
-        small = _small(norm)
-        out = self._y[part].clone()
-        if self._block.residual:
-            out -= self._x[part]
+        y, small = self._y[part], self._small
+        out = y - self._x[part] if self._block.residual else y.clone()
         if self._factor is not None:
             out /= torch.where(self._factor[part] == 0, 1, self._factor[part])
-        out.sub_(_wide(norm.bias)).div_(_wide(torch.where(small, 1, norm.weight)))
+        out.sub_(self._shift).div_(self._scale)
         if self._z_small.shape[1]:
             z = self._z_small[part] - _wide(self._mean[small])
             out[:, small] = z * _wide(self._inverse_std[small])
@@ -230,22 +237,18 @@ def _activations(block: InvertedResidual) -> list[nn.Module | None]:
     return [unit.activation for unit in block.units[:-1]]
 
 
-def _internal(
-    block: InvertedResidual, convs: list[Convolution], x: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """What each internal activation's derivative follows from, and the last one's output.
+def _internal(block: InvertedResidual, convs: list[Convolution], x: Tensor) -> list[Tensor]:
+    """What each internal activation's value and derivative follow from.
 
     That is the activation's input; or its output, if the activation is a clamp.
     """
     maps, h = [], x
     for i, conv in enumerate(convs[:-1]):
         if i:
-            h = _gated(block.units[i - 1], h)
-        p = conv.forward(h)
-        activation = block.units[i].activation
-        h = activate(p, activation, inplace=is_clamp(activation))
-        maps.append(p)
-    return maps, h
+            h = _gated(block.units[i - 1], _activated(block.units[i - 1], maps[-1]))
+        p, activation = conv.forward(h), block.units[i].activation
+        maps.append(activate(p, activation, inplace=True) if is_clamp(activation) else p)
+    return maps
 
 
 def _backward_chunk(
@@ -264,47 +267,48 @@ def _backward_chunk(
     for j in reversed(range(1, len(block.units))):
         below = block.units[j - 1]
         p = maps.pop()
-        h = p if is_clamp(below.activation) else activate(p, below.activation)
+        h = _activated(below, p)
         if below.squeeze_excite is None:
             d = convs[j].backward(d, h, True)
         else:
             d = _gated_backward(convs[j], below.squeeze_excite, d, h, gradients)
-        d = _activation_backward(below.activation, d, p)
+        d = activation_backward(below.activation, d, p)
     return convs[0].backward(d, x, wants_input)
 
 
+def _activated(unit: Unit, p: Tensor) -> Tensor:
+    """The activation's output from what `_internal` says of it."""
+    return p if is_clamp(unit.activation) else activate(p, unit.activation)
+
+
 def _gated(unit: Unit, h: Tensor) -> Tensor:
-    return h if unit.squeeze_excite is None else unit.squeeze_excite(h)
-
-
-def _activation_backward(activation: nn.Module | None, d: Tensor, p: Tensor) -> Tensor:
-    if activation is None:
-        return d
-    if isinstance(activation, nn.ReLU6):
-        return torch.ops.aten.hardtanh_backward(d, p, 0, 6)
-    if isinstance(activation, nn.ReLU):
-        return torch.ops.aten.threshold_backward(d, p, 0)
-    if isinstance(activation, nn.Hardswish):
-        return torch.ops.aten.hardswish_backward(d, p)
-    return torch.ops.aten.silu_backward(d, p)
+    return h if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, h)
 
 
 def _gated_backward(
     conv: Convolution, gate: nn.Module, d: Tensor, h: Tensor, gradients: Gradients
 ) -> Tensor:
-    """Through a conv and the squeeze-excite before it, whose product is made anew, by autograd."""
+    """Through a conv and the squeeze-excite before it, h·s(mean h), whose product is made anew.
+
+    Each feature map is passed over by hand, once for each sum; only the gate's s, a number a
+    channel, is left to autograd.
+    """
     parameters = [p for p in gate.parameters() if p.requires_grad]
+    means = h.mean((2, 3)).requires_grad_()
     with torch.enable_grad():
-        leaf = h.detach().requires_grad_()
-        gated = gate(leaf)
-    d = conv.backward(d, gated.detach(), True)
-    d_h, *found = gradients_from(gated, d, [leaf, *parameters])
+        s = excitation(gate, means)
+    factors = s.detach()
+    product = h * factors
+    d = conv.backward(d, product, True)
+    d_s = torch.mul(d, h, out=product).sum((2, 3), keepdim=True)
+    d_means, *found = gradients_from(s, d_s, [means, *parameters])
     for parameter, gradient in zip(parameters, found, strict=True):
         if parameter in gradients:
             gradients[parameter] += gradient
         else:
             gradients[parameter] = gradient
-    return d_h
+    d_mean = d_means[:, :, None, None] / h.shape[2:].numel()
+    return torch.addcmul(d_mean, d, factors, out=d)
 
 
 def _small(norm: nn.BatchNorm2d) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fleet.backbones import Backbone
 from fleet.errors import PlanError, UpdateError
 from fleet.mobiletl.blocks import parameters_of, part_forward
-from fleet.mobiletl.frozen import frozen_tail
+from fleet.mobiletl.frozen import frozen_tail, run_frozen
 from fleet.mobiletl.inverted_residual import fits, inverted_residual
 from fleet.mobiletl.prefix import run_prefix
 from fleet.mobiletl.stash import check_stash
@@ -76,7 +76,8 @@ class TransferModel(nn.Module):
                 f"cut there or below"
             )
         self.frozen_steps = backbone.steps[: self.cut]
-        self._above_cut, self._trained = backbone.steps[self.cut :], backbone.steps[first:]
+        self._trained = backbone.steps[first:]
+        self._above_cut = tuple(parts_of(backbone.steps[self.cut :]))
         self._prefix = tuple(parts_of(self.frozen_steps))
         self._between = tuple(parts_of(backbone.steps[self.cut : first]))
         self.train()
@@ -162,9 +163,7 @@ class TransferModel(nn.Module):
         return {name: p for name, p in self.model.named_parameters() if name in trained}
 
     def _eval_from_features(self, x: Tensor) -> Tensor:
-        for step in self._above_cut:
-            x = step.forward(x)
-        return x
+        return run_frozen(self._above_cut, x.clone())  # it works in place
 
     def _stock_modules(self) -> list[nn.Module]:
         """What stock autograd trains, with its norms on the batch's statistics."""

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -10,6 +10,7 @@ import click
 
 from fleet.config import Value
 from fleet.measure.comparison import commit
+from fleet.plan import STASHES
 from fleet.report import Grid, as_markdown
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
 from simulations.benchmark_scale.trend import trend
@@ -140,7 +141,17 @@ def fleets(
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--repeats", default=2, show_default=True)
 @click.option("--backbone", default="efficientnet_lite0", show_default=True)
+@click.option("--weights", default="default", show_default=True, help="As of fleet simulate.")
 @click.option("--image-size", default=128, show_default=True)
+@click.option(
+    "--stash",
+    "stashes",
+    multiple=True,
+    type=click.Choice(STASHES),
+    default=("recompute",),
+    show_default=True,
+    help="Of MobileTL; each of several is a row.",
+)
 @click.option("--data", default="digits", show_default=True)
 @click.option("--images", default=32, show_default=True, help="Training images of each client.")
 @_out
@@ -149,7 +160,9 @@ def methods(
     rounds: int,
     repeats: int,
     backbone: str,
+    weights: str,
     image_size: int,
+    stashes: tuple[str, ...],
     data: str,
     images: int,
     out: Path,
@@ -162,11 +175,16 @@ def methods(
         "train-examples": clients * images,
         "test-examples": 100,
         "backbone": backbone,
+        "weights": weights,
         "image-size": image_size,
         "local-epochs": 2,
         "learning-rate": 0.01,
     }
-    own = {"mobiletl": {"method": "mobiletl", "blocks": "5"}, "full": {"method": "full"}}
+    own: dict[str, dict[str, Value]] = {
+        f"mobiletl-{stash}": {"method": "mobiletl", "blocks": "5", "stash": stash}
+        for stash in dict.fromkeys(stashes)
+    }
+    own["full"] = {"method": "full"}
     courses: dict[str, list[Course]] = {method: [] for method in own}
     for repeat in range(repeats):
         for method, settings in own.items():
@@ -248,14 +266,14 @@ def methods_table(courses: dict[str, list[Course]]) -> Grid:
     """Rounds a minute of CPU, and by the clock."""
     full = courses["full"]
     rows = []
-    for method, own in courses.items():
+    for own in courses.values():
         cpu = [60_000 / _cpu_ms(course.rounds[_WARM:]) for course in own]
         wall = [60 / median(_seconds(course)) for course in own]
         full_cpu = [60_000 / _cpu_ms(course.rounds[_WARM:]) for course in full]
         full_wall = [60 / median(_seconds(course)) for course in full]
         rows.append(
             (
-                "MobileTL, k = 5, cached" if method == "mobiletl" else "full",
+                _label(own[0].settings),
                 _spread(cpu, 1),
                 _spread([a / b for a, b in zip(cpu, full_cpu, strict=True)], 2),
                 _spread(wall, 1),
@@ -278,6 +296,12 @@ def methods_table(courses: dict[str, list[Course]]) -> Grid:
         f"round 1 has filled the cache."
     )
     return Grid(title, columns, rows, note, named=True)
+
+
+def _label(settings: Mapping[str, Value]) -> str:
+    if settings["method"] == "full":
+        return "full"
+    return f"MobileTL, k = {settings['blocks']}, {settings['stash']}, cached"
 
 
 def _steady(course: Course) -> tuple[RoundNote, ...]:

@@ -51,3 +51,43 @@ def test_glibc_keeps_what_messages_took():
 @pytest.mark.parametrize("how", ["little", "trim"])
 def test_nothing_is_kept_of_them(how):
     assert kept_mib(how) < 4
+
+
+FAULTS = """
+import resource, sys
+import torch
+from fleet.heap import reuse, trim
+
+if sys.argv[1] == "reuse":
+    reuse()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    maps = [torch.ones(size << 18) for size in (1, 2, 3, 5, 8, 13)]  # 1 to 13 MiB
+
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(5):
+    step()
+taken = faults() - before
+trim()
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(taken, next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024)
+"""
+
+
+def page_faults(how: str) -> tuple[int, float]:
+    """Of five steps after the first three; and MiB that are held after a trim."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    faults, held = done.stdout.split()
+    return int(faults), float(held)
+
+
+def test_a_heap_that_is_reused_asks_the_system_for_few_pages_and_can_be_trimmed():
+    (as_it_is, least), (reused, held) = page_faults("as it is"), page_faults("reuse")
+    assert reused < as_it_is / 4
+    assert held < least + 4

@@ -148,6 +148,10 @@ def course(pss, *, cpu=1.0, seconds=2.0, **more):
     return Course(**facts | more, rounds=notes)
 
 
+def named(run, **settings):
+    run.settings.update(settings)
+
+
 def test_the_trend_of_memory_is_of_the_second_half():
     growing = [100 * i for i in range(10)] + [1000 + 0.5 * i for i in range(10)]
     found = dict(soak_table(course(growing)).rows)
@@ -170,7 +174,10 @@ def test_a_fleet_is_held_against_the_smallest_of_the_same_repeat():
 def test_rounds_a_minute_are_held_against_full():
     pss = [1.0] * 8
     quick, slow = course(pss, cpu=0.5, seconds=1.0), course(pss, cpu=4.0, seconds=6.0)
-    mobiletl, full = methods_table({"mobiletl": [quick], "full": [slow]}).rows
+    named(quick, method="mobiletl", blocks="5", stash="int8")
+    named(slow, method="full")
+    mobiletl, full = methods_table({"mobiletl-int8": [quick], "full": [slow]}).rows
+    assert mobiletl[0] == "MobileTL, k = 5, int8, cached" and full[0] == "full"
     assert mobiletl[1:3] == ("120.0 (120.0–120.0)", "8.00 (8.00–8.00)")
     assert mobiletl[3:5] == ("60.0 (60.0–60.0)", "6.00 (6.00–6.00)")
     assert full[2] == "1.00 (1.00–1.00)"
@@ -188,6 +195,32 @@ def test_a_short_soak_is_run_once_and_then_shown(tmp_path):
     assert "| peak memory, seen |" in first.stdout
     again = CliRunner().invoke(main, words)
     assert again.stdout == first.stdout and "round" not in again.stderr
+
+
+def test_every_stash_asked_for_is_a_row_and_weights_need_not_be_at_hand(tmp_path):
+    words = "methods --clients 2 --rounds 3 --repeats 1 --images 4 --image-size 32"
+    words = f"{words} --backbone mobilenet_v2 --weights none --stash float32 --stash recompute"
+    done = CliRunner().invoke(main, [*words.split(), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    kept = {file.stem: json.loads(file.read_text())["settings"] for file in tmp_path.iterdir()}
+    assert {name: run.get("stash") for name, run in kept.items()} == {
+        "mobiletl-float32-32-0": "float32",
+        "mobiletl-recompute-32-0": "recompute",
+        "full-32-0": None,
+    }
+    assert all(run["weights"] == "none" for run in kept.values())
+    rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| MobileTL, k = 5, float32, cached",
+        "| MobileTL, k = 5, recompute, cached",
+        "| full",
+    ]
+
+
+def test_an_unknown_stash_is_refused_with_those_that_there_are(tmp_path):
+    done = CliRunner().invoke(main, ["methods", "--stash", "zip", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "'zip' is not one of 'recompute', 'int8'" in done.output
 
 
 def test_another_run_under_a_name_that_is_taken_is_refused(tmp_path):

@@ -237,7 +237,7 @@ def test_momentum_takes_a_buffer_for_every_parameter(lite0):
     plan = make_plan(lite0, method="mobiletl", blocks=3)
     floats = sum(spec.nbytes for spec in plan.specs if not spec.is_statistic)
     none, full, half = (
-        dry_run(lite0, plan, batch_size=8, **settings).peak_bytes
+        dry_run(lite0, plan, batch_size=32, **settings).peak_bytes
         for settings in ({"momentum": 0.0}, {}, {"momentum_dtype": torch.bfloat16})
     )
     assert (full - none, half - none) == pytest.approx((floats, floats / 2), rel=0.02)
