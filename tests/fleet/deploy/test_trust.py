@@ -23,7 +23,8 @@ from fleet.errors import ConfigError
 APP = b"an app"
 METADATA = {"run_id": 7, "group_id": "1", "message_type": "query", "message_id": "m"}
 MESSAGE = SimpleNamespace(metadata=SimpleNamespace(**METADATA))
-OPS, OTHER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+# The same in every process: tests are named after what they are given.
+OPS, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
 
 
 def public(key):
@@ -173,7 +174,7 @@ def test_trusted_keys_are_read_as_flower_reads_them(tmp_path):
     assert keys == {"ops": public(OPS), "boss": f"{public(OTHER)} boss@home"}
 
 
-P256 = ec.generate_private_key(ec.SECP256R1())
+P256 = ec.derive_private_key(7, ec.SECP256R1())
 
 
 @pytest.mark.parametrize(
