@@ -1,19 +1,23 @@
 # make demo: a fleet of unequal devices fine-tunes a real model on this machine
 # make test: the test suite, by WORKERS processes, each of which takes a file of tests at a time;
 # three keep two cores busy, as tests of deployments wait for other processes
+# make slow: tests that take long, one after the other; full disks and slow links ask for root
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m simulations.demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -10,11 +10,13 @@ Not every death is one for memory. One that the device itself went through (a
 power cut, a reboot) changes nothing. Where the kernel counts whom it killed for
 memory and the count has not risen, a first death passes for a restart of the
 service; a second in a row does not, as programs that watch memory kill too, and
-nobody counts these.
+nobody counts these. Nor does what ends a training that nobody waits for any more:
+it hung, and the mark is taken away.
 """
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -134,8 +136,17 @@ def recall(memory: ClientMemory) -> Experience:
 
 
 @contextmanager
-def attempting(memory: ClientMemory, learnt: Experience, attempt: Attempt) -> Iterator[None]:
+def attempting(
+    memory: ClientMemory,
+    learnt: Experience,
+    attempt: Attempt,
+    timeout: float = threading.TIMEOUT_MAX,
+) -> Iterator[None]:
     """Mark a training as under way, on the disk, until it ends.
+
+    Args:
+        timeout: seconds that somebody waits for it; whatever ends it later says nothing
+            of memory.
 
     Raises:
         ConfigError: if the system gave it no more memory; the next is planned smaller.
@@ -144,7 +155,8 @@ def attempting(memory: ClientMemory, learnt: Experience, attempt: Attempt) -> It
     under_way = replace(learnt, attempt=marked)
     _write(memory, under_way)
     try:
-        yield
+        with _unmarked_after(timeout, memory, learnt):
+            yield
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             _write(memory, learnt)
@@ -162,6 +174,24 @@ def attempting(memory: ClientMemory, learnt: Experience, attempt: Attempt) -> It
             _write(memory, learnt)
         raise
     _write(memory, learnt.after_success())
+
+
+@contextmanager
+def _unmarked_after(timeout: float, memory: ClientMemory, learnt: Experience) -> Iterator[None]:
+    """Take the mark away if the block takes longer: by a thread, as the block may hang."""
+
+    def unmark() -> None:
+        with suppress(ConfigError):  # a disk that is full: it is taken for killed, as it was
+            _write(memory, learnt)
+
+    timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), unmark)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def recover(memory: ClientMemory, learnt: Experience) -> None:

@@ -171,7 +171,8 @@ def _plan_share(
         batch_size=share.local.batch_size,
         peak_bytes=share.peak_bytes,
     )
-    return share, learnt, attempting(memory, learnt, attempt)
+    timeout = client.config.federation.round_timeout
+    return share, learnt, attempting(memory, learnt, attempt, timeout)
 
 
 def _round_seed(seed: int, server_round: int, name: str) -> list[int]:

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,23 @@ def test_this_kernel_tells():
         pytest.skip("needs Linux")
     assert len(attempts.boot_id()) == 36
     assert attempts.oom_kills() is None or attempts.oom_kills() >= 0
+
+
+def test_a_process_that_is_ended_as_it_hangs_was_not_killed_for_memory(memory, tmp_path):
+    for _ in range(3):
+        hanging = CHILD.replace("attempt)", "attempt, timeout=0.2)")
+        child = subprocess.Popen(
+            [sys.executable, "-c", hanging, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout.readline() == "training\n"
+        assert memory.read(attempts.PART) is not None
+        deadline = time.monotonic() + 30
+        while '"attempt": null' not in memory.read(attempts.PART).facts["experience"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert recall(memory) == Experience()
 
 
 CHILD = """
