@@ -120,13 +120,14 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _import_libraries() -> None:
-    from clients.libraries import import_without_compiler  # brings PyTorch: for the template alone
+    from fleet.without_compiler import compiler_aside  # brings PyTorch: for the template alone
 
-    for name in LIBRARIES:
-        try:
-            import_without_compiler(name)
-        except ImportError as error:  # the ClientApp will say so to whom it concerns
-            log(WARNING, "%s cannot be imported beforehand: %s", name, error)
+    with compiler_aside():
+        for name in LIBRARIES:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:  # the ClientApp will say so to whom it concerns
+                log(WARNING, "%s cannot be imported beforehand: %s", name, error)
     for name in list(sys.modules):
         if name.partition(".")[0] in OURS:
             del sys.modules[name]

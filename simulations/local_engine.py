@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from fleet.config import Value
+from fleet.without_compiler import compiler_aside
 from simulations.local_clients import (
     FIRST_CLIENT_NODE_ID,
     SERVER_NODE_ID,
@@ -183,6 +184,7 @@ def run_local(
         run_config=dict(run_config),
     )
     with (
+        compiler_aside(),
         _one_thread(),
         quick_arrays(),
         closing(

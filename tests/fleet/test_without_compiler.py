@@ -1,4 +1,4 @@
-"""What a warm ClientApp has imported, and that nothing misses what it has not.
+"""What trains without PyTorch's compiler, and that nothing misses what it has not imported.
 
 Every case is a process of its own: what is imported stays.
 """
@@ -21,10 +21,12 @@ def run(*code: str) -> str:
 WARM = """
     import sys
     from clients.executor import LIBRARIES
-    from clients.libraries import import_without_compiler
+    from importlib import import_module
+    from fleet.without_compiler import compiler_aside
 
-    for name in LIBRARIES:
-        import_without_compiler(name)
+    with compiler_aside():
+        for name in LIBRARIES:
+            import_module(name)
 """
 # Two steps of a model with a frozen tail, and of one with squeeze-excite, planned as on a device.
 TRAIN = """
@@ -71,22 +73,59 @@ def test_what_asks_for_the_compilers_help_as_it_runs_gets_the_same_answer():
 
 
 @pytest.mark.parametrize(
-    "needs", ["import torch._dynamo.config", "import torch\ntorch._dynamo.optimize"]
+    "needs",
+    [
+        "import torch._dynamo.config",
+        "from torch._dynamo import eval_frame",
+        "from torch._dynamo.decorators import disable",
+        "import torch\ntorch._dynamo.optimize",
+        "import torch\ntorch.compile(lambda x: x + 1, backend='eager')(torch.ones(1))",
+    ],
 )
-def test_a_module_that_needs_more_of_the_compiler_as_it_is_imported_gets_it(tmp_path, needs):
-    (tmp_path / "needy.py").write_text(needs)
+def test_who_needs_more_of_the_compiler_gets_it_and_once(needs):
     found = run(
-        f"import sys\nsys.path.append({str(tmp_path)!r})",
-        "from clients.libraries import import_without_compiler",
-        "import_without_compiler('needy')",
-        "print(hasattr(sys.modules['torch._dynamo'], 'convert_frame'))",
+        "import sys",
+        "from fleet.without_compiler import compiler_aside",
+        "aside = compiler_aside()",
+        "aside.__enter__()",
+        needs,
+        "assert hasattr(sys.modules['torch._dynamo'], 'convert_frame')",
+        "aside.__exit__(None, None, None)",
+        "import torch, torch._dynamo.config as part",
+        "print(part is sys.modules['torch._dynamo'].config, part.__spec__.name)",
+        "print(torch._dynamo.eval_frame is sys.modules['torch._dynamo.eval_frame'])",
     )
-    assert found == "True"
+    assert found.split() == ["True", "torch._dynamo.config", "True"]
 
 
-def test_a_library_that_is_not_there_is_told_by_name():
-    with pytest.raises(AssertionError, match="No module named 'no_such_library'"):
-        run(
-            "from clients.libraries import import_without_compiler",
-            "import_without_compiler('no_such_library')",
-        )
+def test_an_optimizer_of_pytorchs_steps_the_same():
+    steps = """
+        import torch
+
+        def train():
+            torch.manual_seed(0)
+            net = torch.nn.Linear(3, 2)
+            sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+            for _ in range(3):
+                sgd.zero_grad()
+                net(torch.ones(4, 3)).square().sum().backward()
+                sgd.step()
+            print(net.weight.tolist())
+    """
+    aside = """
+        import sys
+        from fleet.without_compiler import compiler_aside
+
+        with compiler_aside():
+            train()
+        assert "torch._dynamo" not in sys.modules
+    """
+    assert run(steps, aside) == run(steps, "train()")
+
+
+def test_nothing_stands_in_for_a_compiler_that_is_there():
+    run(
+        "import sys, torch._dynamo as before",
+        "from fleet.without_compiler import compiler_aside",
+        "with compiler_aside(): assert sys.modules['torch._dynamo'] is before",
+    )
