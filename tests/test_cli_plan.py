@@ -166,7 +166,7 @@ def test_a_device_with_less_free_than_the_reserve_is_told_both(device_with):
         (("--num-examples", "0"), "num-examples must be above 0 and finite, got 0"),
         (
             ("--budget-mib", "0.1"),
-            "budget-mib 0.1 is below the floor of 0.5 MiB, which the head",
+            "budget-mib 0.1 is below the floor of 0.3 MiB, which the head",
         ),
         (("--backbone", "mobilenet_v9"), "unknown backbone mobilenet_v9; examples"),
         (("--max-blocks", "12"), "blocks is 12, mobilenet_v3_small has 11; choose 0 to 11"),

@@ -144,7 +144,8 @@ def test_budget_below_the_floor_is_refused_with_the_floor(method, peaks, small):
     widest, peak_of = peaks(method)
     (blocks, *_), floor = min(peak_of.items(), key=lambda item: item[1])
     assert afford(small, widest, floor, batch_sizes=BATCH_SIZES).peak_bytes == floor
-    words = {"full": "the whole model", "shifts": f"shifts of {blocks} blocks"}
+    shifts = f"shifts of {blocks} block{'s'[: blocks > 1]}"
+    words = {"full": "the whole model", "shifts": shifts}
     text = (
         f"is below the floor of {floor / MIB:.1f} MiB, which "
         f"{words.get(method, 'the head alone')} takes at batch 8 and 32 px; "

@@ -48,6 +48,7 @@ def test_the_frozen_part_sees_each_image_of_the_fleet_once(frozen_runs, tmp_path
             "partition": "iid",
             "blocks": "1,2",  # unequal plans, which are cut at one place
             "local-epochs": 2,
+            "learning-rate": 1e-6,  # a head on features of random weights makes gradients vast
             "head-start": True,
             "cache-dir": str(tmp_path / "cache"),
             "run-dir": str(tmp_path / "run"),
