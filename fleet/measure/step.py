@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fleet.backbones import Backbone
 from fleet.errors import ConfigError
+from fleet.heap import reuse
 from fleet.measure.flops import count_flops
 from fleet.measure.memory import allocator_peak
 from fleet.measure.resident import resident_bytes
@@ -173,6 +174,7 @@ def _cpu_seconds(
     subjects: Sequence[Subject], repetitions: int, on_progress: Callable[[str], None]
 ) -> list[float]:
     """Of the fastest step of each."""
+    reuse()  # as `train_locally`
     seconds = [float("inf")] * len(subjects)
     for repetition in range(repetitions):
         on_progress(f"CPU seconds, {repetition + 1} of {repetitions}")
