@@ -33,9 +33,11 @@ GROWTH = 0.05  # a round that goes well, divided by how often training was kille
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _VMSTAT = Path("/proc/vmstat")
 
-# What PyTorch and oneDNN say where the system gives no more; CUDA's error has a class.
+# What PyTorch and oneDNN say where the system gives no more; CUDA's error has a class. Of what
+# it cannot do oneDNN creates no "primitive descriptor".
 _OUT_OF_MEMORY = re.compile(
-    r"not enough memory|can't allocate memory|cannot allocate memory|bad_?alloc|out of memory",
+    r"not enough memory|can't allocate memory|cannot allocate memory|bad_?alloc|out of memory"
+    r"|could not create a primitive(?! desc)",
     re.IGNORECASE,
 )
 

@@ -161,7 +161,7 @@ def _plan_share(
     memory = client.memory(task.run)  # of all rounds: a death is not undone by a repeated one
     learnt = recall(memory)
     try:
-        share = share_of(client, backbone, plan, learnt)
+        share = share_of(client, backbone, plan, learnt, memory)
     except LimitTooLow:
         recover(memory, learnt)
         raise

@@ -5,9 +5,8 @@ that trains the most blocks is taken, of these the most exact stash, and of
 these the largest batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -24,6 +23,9 @@ STASHES_BY_EXACTNESS = ("float32", "recompute", "bfloat16", "int8")
 MIN_BATCH_SIZE = 8  # statistics of smaller batches teach badly
 
 MIB = 2**20
+
+# Blocks, stash, batch size and whether features come from the cache → what a step takes.
+Costs = MutableMapping[tuple[int, str, int, bool], StepCost]
 
 _OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of control groups: files of the limit and of what is used; what of it the kernel drops.
@@ -76,6 +78,7 @@ def afford(
     momentum_dtype: torch.dtype = torch.float32,
     proximal: bool = False,
     cut: int | None = None,
+    known: Costs | None = None,
 ) -> Affordable:
     """The largest sub-plan of `widest` whose training fits into a budget.
 
@@ -90,6 +93,8 @@ def afford(
         momentum_dtype: of its buffers.
         proximal: the objective has a proximal term, on what travels.
         cut: step at which features are cut, as `TransferModel` takes it.
+        known: costs that were found before with the same arguments, whatever the budget;
+            those that are found now are added.
 
     Raises:
         ConfigError: if not even the narrowest plan fits; tells the floor.
@@ -97,20 +102,24 @@ def afford(
     if widest.method != "mobiletl":
         stashes = ("published",)
 
-    @cache
+    known = {} if known is None else known
+
     def cost(blocks: int, stash: str, batch_size: int, cached: bool = False) -> StepCost:
+        key = blocks, stash, batch_size, cached
         try:
-            return dry_run(
-                backbone,
-                widest.narrow(blocks),
-                stash,
-                batch_size=batch_size,
-                cached=cached,
-                momentum=momentum,
-                momentum_dtype=momentum_dtype,
-                proximal=proximal,
-                cut=cut,
-            )
+            if key not in known:
+                known[key] = dry_run(
+                    backbone,
+                    widest.narrow(blocks),
+                    stash,
+                    batch_size=batch_size,
+                    cached=cached,
+                    momentum=momentum,
+                    momentum_dtype=momentum_dtype,
+                    proximal=proximal,
+                    cut=cut,
+                )
+            return known[key]
         except ValueError as error:  # of batch norm: one value a channel has no variance
             raise ConfigError(
                 f"a batch of {batch_size} at {backbone.preprocessing.image_size} px is too little "
@@ -177,11 +186,12 @@ def afford_locally(
     *,
     proximal: bool = False,
     cut: int | None = None,
+    known: Costs | None = None,
 ) -> Affordable:
     """`afford` under a run's local settings: with its momentum, in batches up to its own.
 
     Args:
-        backbone, widest, budget_bytes, proximal, cut: as `afford`'s.
+        backbone, widest, budget_bytes, proximal, cut, known: as `afford`'s.
         local: its batch size is the largest that is chosen from.
 
     Raises:
@@ -196,6 +206,7 @@ def afford_locally(
         momentum_dtype=getattr(torch, local.momentum_dtype),
         proximal=proximal,
         cut=cut,
+        known=known,
     )
 
 

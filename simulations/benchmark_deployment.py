@@ -55,7 +55,8 @@ PARTS: Mapping[str, str] = {
     "serverapp": "ServerApp",
     "deploy.supernode": "SuperNodes",
     "clients.executor": "ClientApps, and what starts them",
-    "": "supervisors and the server's SuperExec",
+    "clientapp": "ClientApps, and what starts them",
+    "": "supervisors and SuperExecs",
 }
 METHODS: Mapping[str, Mapping[str, Value]] = {
     "mobiletl, k = 3": {"method": "mobiletl", "blocks": "3"},

@@ -32,7 +32,10 @@ def flower_environment(home: Path, poll_seconds: float, **more: str) -> dict[str
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("FLWR_") and not name.lower().endswith("_proxy")
+        if not name.startswith("FLWR_")
+        and not name.lower().endswith("_proxy")
+        # Each message would compile the app's code anew.
+        and name != "PYTHONDONTWRITEBYTECODE"
     }
     scripts = str(Path(sys.executable).parent)  # Flower starts its own commands by name
     return inherited | {

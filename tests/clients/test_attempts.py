@@ -160,6 +160,7 @@ def test_a_training_that_fails_otherwise_leaves_no_mark(memory, kernel, error):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         OSError(12, "Cannot allocate memory"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),  # oneDNN's, of a convolution
     ],
     ids=lambda error: str(error)[:30],
 )
@@ -178,6 +179,8 @@ def test_an_error_of_memory_is_a_refusal_and_makes_the_next_round_smaller(memory
 def test_other_errors_are_none_of_memory():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(KeyError("out of memory"))
+    unable = "could not create a primitive descriptor for a convolution forward propagation"
+    assert not is_out_of_memory(RuntimeError(unable))
 
 
 def test_pytorch_s_own_error_is_known():
