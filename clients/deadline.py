@@ -3,6 +3,7 @@
 import faulthandler
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from clients.client import Client
 
 # Beyond `round-timeout`: who gives up by itself then, as one that waits to cool down, says why.
 GRACE_SECONDS = 60.0
+
+_began = time.monotonic()  # with the message; a device has a process for each
 
 
 @contextmanager
@@ -23,6 +26,8 @@ def ended_at_deadline(client: Client) -> Iterator[None]:
     if client.simulated:
         yield
         return
+    global _began
+    _began = time.monotonic()
     seconds = min(client.config.federation.round_timeout + GRACE_SECONDS, threading.TIMEOUT_MAX)
     # A thread of C's: it also ends a process that holds Python's lock, or waits in the kernel.
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
@@ -30,3 +35,9 @@ def ended_at_deadline(client: Client) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def seconds_waited_for(client: Client) -> float:
+    """How much longer the server waits for the reply to this message; not below 0."""
+    waited = time.monotonic() - _began
+    return max(0.0, client.config.federation.round_timeout - waited)

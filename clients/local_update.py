@@ -7,6 +7,7 @@ import numpy as np
 
 from clients.attempts import Attempt, Experience, attempting, recall, recover
 from clients.client import Client
+from clients.deadline import seconds_waited_for
 from clients.device import Cooling, check_battery, device_metrics
 from clients.feedback import encode_update
 from clients.journal import note, noted
@@ -171,8 +172,7 @@ def _plan_share(
         batch_size=share.local.batch_size,
         peak_bytes=share.peak_bytes,
     )
-    timeout = client.config.federation.round_timeout
-    return share, learnt, attempting(memory, learnt, attempt, timeout)
+    return share, learnt, attempting(memory, learnt, attempt, seconds_waited_for(client))
 
 
 def _round_seed(seed: int, server_round: int, name: str) -> list[int]:

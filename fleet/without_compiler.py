@@ -7,6 +7,7 @@ takes to get ready. So a small module stands in its place, with these functions.
 for anything else, then or later, gets the real one.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -98,8 +99,21 @@ class _Made(Loader):
 def _disable(
     function: Callable | None = None, *arguments: Any, **keywords: Any
 ) -> Callable[..., Any]:
-    """As `torch.compiler.disable` of what is never compiled: the function itself."""
-    return (lambda decorated: decorated) if function is None else function
+    """As `torch.compiler.disable`: until there is a compiler, the function itself.
+
+    PyTorch keeps what this returns for good, so it has to be right afterwards too.
+    """
+    if function is None:
+        return functools.partial(_disable, **keywords)
+
+    @functools.wraps(function)
+    def disabled(*given: Any, **named: Any) -> Any:
+        compiler = sys.modules.get(_COMPILER)
+        if compiler is None or isinstance(compiler, _StandIn):
+            return function(*given, **named)
+        return compiler.disable(function, *arguments, **keywords)(*given, **named)
+
+    return disabled
 
 
 def _graph_break(*arguments: Any, **keywords: Any) -> None:

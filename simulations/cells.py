@@ -77,6 +77,7 @@ class CellFolders:
             for name in _CHECKED:
                 if _digest(path / name) != digests[name]:
                     raise ConfigError(f"{name} is not as it was written")
+            float(measured["device_flops"])
             return dict(measured)
         except FileNotFoundError as error:
             raise ConfigError(f"{Path(error.filename).name} is missing") from error

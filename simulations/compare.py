@@ -56,6 +56,11 @@ def compare(
         raise ConfigError(f"jobs must be a whole number from 1 on, got {jobs!r}")
     variants = asked.variants()
     folder = Path(out).absolute()
+    if RunRecord(folder).config_path.is_file():
+        raise ConfigError(
+            f"{folder} is the folder of a run, whose page a comparison would write over; name "
+            f"another folder"
+        )
     with _alone_in(folder):
         folders = CellFolders(folder / RUNS)
         folders.clear()

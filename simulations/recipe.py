@@ -78,7 +78,7 @@ class Recipe:
     """A comparison that is still to be run; see the module for what it holds."""
 
     title: str
-    seeds: tuple[int, ...]
+    seeds: Sequence[int]
     target: float | None
     columns: tuple[str, ...]
     within: tuple[str, ...]
@@ -279,9 +279,9 @@ def _rows(values: Any) -> Iterator[tuple[str, Mapping[str, Value]]]:
         yield name, {key: value for key, value in row.items() if key != "name"}
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
-    if type(value) is int and value > 0:
-        return tuple(range(value))
+def _seeds(value: Any) -> Sequence[int]:
+    if type(value) is int and 0 < value < 2**63:
+        return range(value)  # nobody has asked yet whether so many are meant
     if isinstance(value, list | tuple) and value:
         whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in value)
         if whole and len(set(value)) == len(value):

@@ -78,6 +78,7 @@ class FleetStrategy(Strategy):
             initial, classes, run or secrets.token_hex(8), config.codec_down, self._tokens
         )
         self._asked: dict[str, Message] = {}  # client → the message under way
+        self._silent: set[str] = set()  # clients that have not answered this round's message
         self._ledger = Ledger()
 
     @property
@@ -132,7 +133,7 @@ class FleetStrategy(Strategy):
     ) -> list[Message]:
         """Sample the cohort and bring it up to date."""
         server_round = self._round(server_round)
-        self._ledger = Ledger()
+        self._ledger, self._silent = Ledger(), set()
         asked = {message.metadata.message_id: name for name, message in self._asked.items()}
         for message_id, nbytes in self._grid.take_late():
             self._ledger.late_replies += 1
@@ -176,7 +177,9 @@ class FleetStrategy(Strategy):
         if self._evaluate is not None:
             return []
         online = self._roster.online(self._config.min_clients)
-        return self._send(server_round, online, MessageType.EVALUATE)
+        # A device takes one message after the other: who still trains would not answer in time.
+        able = {name: node for name, node in online.items() if name not in self._silent}
+        return self._send(server_round, able, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -273,6 +276,7 @@ class FleetStrategy(Strategy):
             if goal and len(self._ledger.updates) >= goal:
                 self._ledger.late += sorted(silent.values())
                 return
+        self._silent = {*silent.values()} if self._grid.waits else set()
         for name in silent.values():
             reason = f"no reply within {self._config.round_timeout:g} s"
             self._ledger.refuse(name, reason, phase)

@@ -60,6 +60,8 @@ class Roster:
         deadline = time.monotonic() + self._timeout
         while True:
             self._online = nodes = set(self._grid.get_node_ids())
+            for node in self._ask_again.keys() - nodes:  # somebody may have put it right meanwhile
+                del self._ask_again[node], self._turned_away[node]
             self._grid.take_late()  # who took longer to answer than was waited for
             known = nodes & self._enrolled.keys()
             timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS

@@ -37,7 +37,7 @@ class StreamingGrid(Grid):
         self._poll_seconds = poll_seconds
         self._on_late = on_late
         # A simulated fleet answers as it is asked: what does not come then, never comes.
-        self._waits = not getattr(grid, "answers_at_once", False)
+        self.waits = not getattr(grid, "answers_at_once", False)
         self._outstanding: dict[str, None] = {}  # ids of messages that nobody waits for any more
         self._late: list[tuple[str, int]] = []
 
@@ -76,8 +76,13 @@ class StreamingGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Send at once; yield replies as they come, until all are there or the time is over."""
-        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        """Send at once; yield replies as they come, until all are there or the time is over.
+
+        Simulated clients have no time: they work one after the other, as fast as this machine
+        can, and what comes of a run must not depend on that.
+        """
+        timed = self.waits and timeout is not None
+        deadline = time.monotonic() + timeout if timed else float("inf")
         messages = list(messages)
         # Flower gives no id, or None, for a message that it could not push.
         sent = set(self._grid.push_messages(messages) if messages else [])
@@ -109,7 +114,7 @@ class StreamingGrid(Grid):
                 pulled = list(self._grid.pull_messages({*waiting}))
                 waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
                 if not pulled:
-                    if not self._waits:
+                    if not self.waits:
                         break
                     time.sleep(min(self._poll_seconds, max(0.0, deadline - time.monotonic())))
                 while pulled:

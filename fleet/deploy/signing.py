@@ -99,8 +99,8 @@ def read_public_key(text: bytes, where: str) -> Ed25519PublicKey:
             f"{where} is no public key of OpenSSH's ({error}); take the line of a .pub file, "
             f"ssh-ed25519 AAAA…"
         ) from error
-    if not isinstance(key, Ed25519PublicKey):
-        kind = text.split()[0].decode()
+    kind = text.split()[0].decode()
+    if kind != "ssh-ed25519" or not isinstance(key, Ed25519PublicKey):  # a token's signs otherwise
         raise ConfigError(
             f"{where} is a key of kind {kind}, and Flower takes ssh-ed25519 alone; {_MAKE_ONE}"
         )

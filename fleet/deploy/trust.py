@@ -7,6 +7,7 @@ with the signatures that it had then: both are mended here.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,12 @@ def read_trusted(path: Path) -> dict[str, str]:
         raise ConfigError(f"--trusted-entities {path} is not YAML ({error}); {way_out}") from error
     if not isinstance(keys, dict) or not keys:
         raise ConfigError(f"--trusted-entities {path} names no keys; {way_out}")
+    names = Counter(name.value for name, _ in yaml.compose(content, yaml.SafeLoader).value)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(
+            f"--trusted-entities {path} names {twice[0]} {names[twice[0]]} times, and one key "
+            f"would count; give each key a name of its own"
+        )
     for name, key in keys.items():
         if not isinstance(name, str) or not isinstance(key, str):
             raise ConfigError(

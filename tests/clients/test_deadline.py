@@ -7,6 +7,10 @@ import time
 
 import pytest
 
+from clients import deadline
+from clients.client import Client
+from fleet.config import default_settings, read_config
+
 PROGRAM = """
 from clients import deadline
 from clients.client import Client
@@ -65,3 +69,15 @@ def test_who_is_in_time_or_simulated_is_not_ended(reading, pipe, timeout, node, 
     with pipe.open("w"):  # waits until it reads
         time.sleep(1.5)
     assert process.communicate(timeout=120) == ("done\n", "")
+
+
+def test_the_time_left_is_counted_from_the_message_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now[0])
+    config = read_config(default_settings() | {"round-timeout": 60.0})
+    client = Client("pi-01", {}, config)
+    with deadline.ended_at_deadline(client):
+        now[0] += 45  # to read its images and its model
+        assert deadline.seconds_waited_for(client) == 15.0
+        now[0] += 45
+        assert deadline.seconds_waited_for(client) == 0.0

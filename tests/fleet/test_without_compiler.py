@@ -123,6 +123,31 @@ def test_an_optimizer_of_pytorchs_steps_the_same():
     assert run(steps, aside) == run(steps, "train()")
 
 
+def test_what_is_never_compiled_is_not_afterwards_either():
+    once = """
+        import torch
+        from fleet.without_compiler import compiler_aside
+
+        net = torch.nn.Linear(3, 2)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        with compiler_aside():
+            sgd.zero_grad()
+        graphs = []
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        @torch.compile(backend=backend)
+        def step(x):
+            sgd.zero_grad()
+            return net(x).sum()
+
+        step(torch.ones(4, 3)).backward()
+        print(len(graphs))
+    """
+    assert run(once) == run(once.replace("with compiler_aside():", "if True:"))
+
+
 def test_nothing_stands_in_for_a_compiler_that_is_there():
     run(
         "import sys, torch._dynamo as before",

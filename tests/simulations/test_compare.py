@@ -137,6 +137,21 @@ def test_a_further_seed_runs_alone(copy):
     assert sorted(comparison.rows[0].runs) == [0, 1, 2]
 
 
+def test_a_runs_own_folder_is_not_written_over(copy):
+    (run, *_) = (path for path in (copy / "runs").iterdir() if path.is_dir())
+    with pytest.raises(ConfigError, match=r"is the folder of a run, .* name another folder"):
+        again(run)
+
+
+def test_a_run_without_its_measurements_is_run_again(copy):
+    recipe = RECIPE | {"seeds": 1, "vary": {"codec": ["int8"]}}
+    comparison, _, _ = again(copy, recipe)
+    cell = comparison.rows[0].runs[0][0].path / "cell.json"
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"measured": {}}))
+    _, ran, notes = again(copy, recipe)
+    assert len(ran) == 1 and "cell.json is damaged: 'device_flops'" in notes[0]
+
+
 def test_damaged_runs_are_set_aside_named_and_run_again(first, copy):
     whole = [("codec=float32", 1), ("codec=int8", 0), ("codec=int8", 1)]
     rows = {row.variant.name: row for row in first[0].rows}

@@ -452,6 +452,17 @@ def test_no_evaluation_at_all_leaves_the_round_without_one(run, updates):
     assert strategy.reports[1].refused.keys() == BLOCKS.keys()
 
 
+def test_who_still_trains_is_not_asked_to_evaluate(run, updates):
+    clients = answers(updates()) | {"pi-1": lambda message: None}
+    evaluations = dict.fromkeys(BLOCKS, scores(5, 1.0, 0.5))
+    strategy, sent, _ = run(evaluating(clients, evaluations), evaluate=None)
+    asked = [message for message in sent if message.metadata.message_type == "evaluate"]
+    assert len(asked) == len(BLOCKS) - 1
+    report = strategy.reports[1]
+    assert report.refused == {"pi-1": "no reply within 0.5 s"}
+    assert report.accuracy_by_client.keys() == BLOCKS.keys() - {"pi-1"}
+
+
 def test_with_a_goal_the_round_goes_on_without_the_rest(run, updates):
     strategy, _, _ = run(answers(updates()), rounds=6, goal=2)
     for report in strategy.reports[1:]:

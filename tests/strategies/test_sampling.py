@@ -108,6 +108,17 @@ def test_a_client_that_was_refused_is_asked_again(scripted_grid, monkeypatch):
     assert Roster(scripted_grid(refused_once()), timeout=10).online(1) == {"a": 1}
 
 
+def test_a_client_that_was_refused_and_comes_back_is_asked_at_once(scripted_grid, monkeypatch):
+    monkeypatch.setattr(sampling, "_PATIENCE_SECONDS", 1000.0)
+    grid = scripted_grid(refused_once() | {2: enrols("b")})
+    roster = Roster(grid, timeout=5)
+    assert roster.online(1) == roster.online(1) == {"b": 2}
+    away = grid.nodes.pop(1)
+    assert roster.online(1) == {"b": 2}
+    grid.nodes[1] = away
+    assert roster.online(1) == {"a": 1, "b": 2}
+
+
 class Slow:
     """A grid on which some nodes' answers come only once they are let through."""
 

@@ -77,6 +77,16 @@ def test_the_deadline_is_kept_to_the_moment(scripted_grid, clock):
     assert clock.slept == pytest.approx([0.4, 0.4, 0.2])
 
 
+def test_simulated_clients_are_waited_for_however_slow_the_machine_is(scripted_grid, clock):
+    grid = scripted_grid({1: answers, 2: answers, 3: lambda message: None})
+    grid.answers_at_once = True
+    came = []
+    for reply in StreamingGrid(grid).send_and_receive(map(question, (1, 2, 3)), timeout=1.0):
+        came.append(reply.metadata.src_node_id)
+        clock.now += 2  # one after the other, they take longer than devices beside each other
+    assert came == [1, 2]
+
+
 def test_time_that_the_listener_takes_counts(scripted_grid, clock):
     grid = scripted_grid({1: answers, 2: answers})
     After(grid, clock).due = {2: 1000.5}

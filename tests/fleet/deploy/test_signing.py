@@ -129,6 +129,11 @@ def test_what_is_no_key_to_sign_with_is_refused(tmp_path):
             open_signer(make_key(tmp_path / kind, kind), nobody)
         with pytest.raises(ConfigError, match=f"kind .*{kind}.*, and Flower takes ssh-ed25519"):
             open_signer(tmp_path / f"{kind}.pub", nobody)
+    blob = b"\0\0\0\x1ask-ssh-ed25519@openssh.com\0\0\0 " + bytes(32) + b"\0\0\0\4ssh:"
+    token = f"sk-ssh-ed25519@openssh.com {base64.b64encode(blob).decode()}"
+    (tmp_path / "token.pub").write_text(token)
+    with pytest.raises(ConfigError, match=r"kind sk-ssh-ed25519@openssh\.com, and Flower takes"):
+        open_signer(tmp_path / "token.pub", nobody)
     (tmp_path / "text").write_text("a text")
     with pytest.raises(ConfigError, match=r"no private key of OpenSSH's .*ssh-keygen -t ed25519"):
         open_signer(tmp_path / "text", nobody)

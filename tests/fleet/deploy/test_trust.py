@@ -188,6 +188,10 @@ P256 = ec.derive_private_key(7, ec.SECP256R1())
         ("\0", "is not YAML"),
         ("ops:", "'ops': None is not a name and a key as text"),
         ("7: x", "7: 'x' is not a name and a key as text"),
+        (
+            f"ops: {public(OPS)}\nboss: {public(OPS)}\nops: {public(OTHER)}",
+            "names ops 2 times, and one key would count; give each key a name of its own",
+        ),
         ("ops: ops.pub", "ops is no public key of OpenSSH's (Invalid line format); take the line"),
         (f"ops: {public(P256)}", "ops is a key of kind ecdsa-sha2-nistp256, and Flower takes"),
     ],
