@@ -84,6 +84,13 @@ class Facts:
         return next((n for n, a in enumerate(self.accuracy) if a >= target), None)
 
 
+def _cell(by_seed: Mapping[int, float], column: Column) -> str:
+    """A row's mean in one column; of how many seeds, if others have none."""
+    text = shown(estimate(list(by_seed.values())), column)
+    known = sum(not math.isnan(value) for value in by_seed.values())
+    return f"{known} of {len(by_seed)}: {text}" if 0 < known < len(by_seed) else text
+
+
 def _total(key: str) -> Callable[[Facts, float], float]:
     return lambda facts, target: float(facts.totals[key])
 
@@ -171,10 +178,7 @@ class Comparison:
         headings = [COLUMNS[name].heading for name in columns]
         lines = []
         for number, row in enumerate(self.rows):
-            cells = [
-                shown(estimate(list(values[number][name].values())), COLUMNS[name])
-                for name in columns
-            ]
+            cells = [_cell(values[number][name], COLUMNS[name]) for name in columns]
             reference = self._reference(number)
             difference = "–"
             if reference != number:
@@ -191,7 +195,10 @@ class Comparison:
             f"to the first row{self._within()}, seed by seed."
         )
         if {"rounds-to-target", "bytes-to-target"} & {*columns}:
-            note += f" Target: {self._target_in_words()}; of the seeds that reach it."
+            note += (
+                f" Target: {self._target_in_words()}; over the seeds that reach it, and how many "
+                f"these are where not all do."
+            )
         return Grid(
             self.recipe.title,
             ("row", "seeds", *headings, "difference, points"),

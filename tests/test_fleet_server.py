@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fleet.backbones import load_backbone
 from fleet.deploy.addresses import Address
 from fleet.deploy.control import Control
 from fleet.deploy.provisioning import Provisioner
+from fleet.deploy.server import answers
 from fleet.deploy.wishes import Wishes
 from fleet.records import RoundReport, RunRecord
 from tests.deployment import (
@@ -54,6 +56,7 @@ class Deployment:
 
     Attributes:
         killed: the SuperLink that was killed in the first round.
+        away_seconds: from then until its successor answered.
     """
 
     provisioner: Provisioner
@@ -61,6 +64,7 @@ class Deployment:
     processes: Processes
     record: RunRecord
     killed: int
+    away_seconds: float
 
     @property
     def rounds(self) -> list[RoundReport]:
@@ -105,6 +109,7 @@ def test_the_run_went_on_over_a_superlink_that_was_killed(deployment):
     assert "superlink was killed by signal 9; started again in" in log
     assert log.count("run first is submitted") == 1 and "was lost" not in log
     assert not psutil.pid_exists(deployment.killed)
+    assert deployment.away_seconds < 90
 
 
 def test_the_run_was_resumed_by_the_server_that_took_the_place_of_a_killed_one(deployment):
@@ -229,6 +234,11 @@ def deploy(processes: Processes) -> Deployment:
     )
     killed = superlink_of(processes)
     killed.kill()
+    since = time.monotonic()
+    killed.wait()
+    address, authority = Address(HOST, port), provisioner.server.authority_path
+    processes.wait("a SuperLink answers", lambda: answers(address, authority), RUN_SECONDS)
+    away_seconds = time.monotonic() - since
     record = RunRecord(provisioner.server.runs_path / "first")
     processes.wait("round 1", lambda: rounds_on_record(record) >= 2, RUN_SECONDS)
     processes.process("server").kill()  # with nobody left to end its children
@@ -239,7 +249,7 @@ def deploy(processes: Processes) -> Deployment:
         lambda: "does not know the key" in processes.log(STRANGER),
         START_SECONDS,
     )
-    return Deployment(provisioner, port, processes, record, killed.pid)
+    return Deployment(provisioner, port, processes, record, killed.pid, away_seconds)
 
 
 def start_client(
