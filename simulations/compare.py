@@ -16,6 +16,7 @@ from simulations.comparison import COLUMNS, ComparedRow, Comparison
 from simulations.recipe import Recipe, Variant, recipe_of
 
 RUNS = "runs"
+_NOT_RUN = "not run yet: the comparison was stopped", ""
 
 # Row, seed, how many cells are done, of how many, and why it failed; empty: it did not.
 OnCell = Callable[[str, int, int, int, str], None]
@@ -35,7 +36,8 @@ def compare(
 
     A run is known by its configuration, its seed, and the code and libraries that decide
     its result. One that failed is tried again the next time; one that is damaged is set
-    aside, told of, and run again. Stopped at any time, the same call goes on.
+    aside, told of, and run again. Stopped at any time, the same call goes on; tables and
+    pictures then show what is there.
 
     Args:
         recipe: a TOML file, or a mapping of the same form (see `simulations.recipe`).
@@ -89,15 +91,24 @@ def compare(
                 f"--keep-models asks for them"
             )
         cells = [sharing[0][1] for sharing in waiting.values()]
-        for ended in run_cells(cells, folders.folder, jobs, keep_models, on_round):
-            for row, cell in waiting[ended.cell.key]:
-                done += 1
-                if ended.measured is None:
-                    row.failed[cell.seed] = ended.reason, ended.details
-                else:
-                    row.runs[cell.seed] = RunRecord(folders.path(cell)), ended.measured
-                on_cell(row.variant.name, cell.seed, done, total, ended.reason)
         comparison = Comparison(asked, folder, rows)
+        try:
+            for ended in run_cells(cells, folders.folder, jobs, keep_models, on_round):
+                for row, cell in waiting[ended.cell.key]:
+                    done += 1
+                    if ended.measured is None:
+                        row.failed[cell.seed] = ended.reason, ended.details
+                    else:
+                        row.runs[cell.seed] = RunRecord(folders.path(cell)), ended.measured
+                    on_cell(row.variant.name, cell.seed, done, total, ended.reason)
+        except BaseException:  # stopped, or the disk is full: show what there is
+            for row in rows:
+                missing = set(asked.seeds) - row.runs.keys() - row.failed.keys()
+                row.failed |= dict.fromkeys(missing, _NOT_RUN)
+            if any(row.runs for row in rows):
+                with contextlib.suppress(ConfigError):  # the first error is the one to tell
+                    comparison.write()
+            raise
         comparison.write()
     return comparison
 

@@ -240,6 +240,10 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(sw
         assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
         assert "Traceback" not in said
         assert len(list(runs.iterdir())) == 2
+        assert "| as set | 2 of 3 |" in (tmp_path / "out" / "table.md").read_text()
+        *_, last = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+        assert json.loads(last)["reason"] == "not run yet: the comparison was stopped"
+        assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
