@@ -87,8 +87,12 @@ def test_files_do_not_stay_open(run):
 
 def test_a_leak_of_one_state_a_round_would_be_noticed(run):
     _, record = run
-    held, leaked = Held(), []
-    for number in range(ROUNDS):
-        leaked.append(np.ones(state_bytes(record) // 4, np.float32))
-        held.note(number)
-    assert held.growth > bound(state_bytes(record))
+    grown = []
+    for _ in range(3):  # what tests before this one have left may go in the middle of it
+        held, leaked = Held(), []
+        for number in range(ROUNDS):
+            leaked.append(np.ones(state_bytes(record) // 4, np.float32))
+            held.note(number)
+        grown.append(held.growth)
+        leaked.clear()
+    assert max(grown) > bound(state_bytes(record))
