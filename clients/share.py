@@ -13,10 +13,9 @@ from clients.memory import ClientMemory
 from fleet.backbones import Backbone
 from fleet.config import LocalConfig
 from fleet.errors import ConfigError
-from fleet.measure import dry_run
 from fleet.mobiletl import first_trained_step
 from fleet.plan import UpdatePlan
-from fleet.planner import Affordable, Costs, afford_locally
+from fleet.planner import Affordable, Costs, afford_locally, step_cost
 
 
 class LimitTooLow(ConfigError):
@@ -122,20 +121,19 @@ def _peak_bytes(
     known: Costs,
 ) -> int:
     """Of a step on images, and of one on features from the cache."""
-    peaks = []
-    for cached in (False, True):
-        key = plan.blocks, local.stash, local.batch_size, cached
-        if key not in known:
-            known[key] = dry_run(
-                backbone,
-                plan,
-                local.stash,
-                batch_size=local.batch_size,
-                cached=cached,
-                momentum=local.momentum,
-                momentum_dtype=getattr(torch, local.momentum_dtype),
-                proximal=pulled,
-                cut=cut,
-            )
-        peaks.append(known[key].peak_bytes)
-    return max(peaks)
+    costs = (
+        step_cost(
+            known,
+            backbone,
+            plan,
+            local.stash,
+            local.batch_size,
+            cached,
+            momentum=local.momentum,
+            momentum_dtype=getattr(torch, local.momentum_dtype),
+            proximal=pulled,
+            cut=cut,
+        )
+        for cached in (False, True)
+    )
+    return max(cost.peak_bytes for cost in costs)

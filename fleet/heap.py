@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from functools import cache
 
 # Source: malloc.h of glibc, mallopt(3).
@@ -29,9 +30,7 @@ def keep_little() -> None:
     for each of the first threads, and, once a large block was released, puts others of
     its size into them. Each such block then takes the system's time anew.
     """
-    if (mallopt := _of_glibc("mallopt")) is not None:
-        for parameter, value in _KEEP_LITTLE.items():
-            mallopt(parameter, value)
+    _set(_KEEP_LITTLE)
 
 
 def reuse() -> None:
@@ -42,8 +41,12 @@ def reuse() -> None:
     an eighth of a step's CPU time. And where blocks of all sizes come from one heap, the
     peak is lower too, as holes are filled.
     """
+    _set(_REUSE)
+
+
+def _set(parameters: Mapping[int, int]) -> None:
     if (mallopt := _of_glibc("mallopt")) is not None:
-        for parameter, value in _REUSE.items():
+        for parameter, value in parameters.items():
             mallopt(parameter, value)
 
 

@@ -8,6 +8,7 @@ these the largest batch.
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -105,21 +106,19 @@ def afford(
     known = {} if known is None else known
 
     def cost(blocks: int, stash: str, batch_size: int, cached: bool = False) -> StepCost:
-        key = blocks, stash, batch_size, cached
         try:
-            if key not in known:
-                known[key] = dry_run(
-                    backbone,
-                    widest.narrow(blocks),
-                    stash,
-                    batch_size=batch_size,
-                    cached=cached,
-                    momentum=momentum,
-                    momentum_dtype=momentum_dtype,
-                    proximal=proximal,
-                    cut=cut,
-                )
-            return known[key]
+            return step_cost(
+                known,
+                backbone,
+                widest.narrow(blocks),
+                stash,
+                batch_size,
+                cached,
+                momentum=momentum,
+                momentum_dtype=momentum_dtype,
+                proximal=proximal,
+                cut=cut,
+            )
         except ValueError as error:  # of batch norm: one value a channel has no variance
             raise ConfigError(
                 f"a batch of {batch_size} at {backbone.preprocessing.image_size} px is too little "
@@ -176,6 +175,27 @@ def afford(
         later=later,
         why_not_larger="" if larger is None else too_large(*larger),
     )
+
+
+def step_cost(
+    known: Costs,
+    backbone: Backbone,
+    plan: UpdatePlan,
+    stash: str,
+    batch_size: int,
+    cached: bool,
+    **fixed: Any,
+) -> StepCost:
+    """What a step takes: from `known`, or by a dry run, which is added to it.
+
+    Args:
+        known: costs of the same backbone and of plans narrowed from one, under the same `fixed`.
+        fixed: further arguments of `dry_run`, as are the others.
+    """
+    key = plan.blocks, stash, batch_size, cached
+    if key not in known:
+        known[key] = dry_run(backbone, plan, stash, batch_size=batch_size, cached=cached, **fixed)
+    return known[key]
 
 
 def afford_locally(

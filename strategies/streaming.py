@@ -25,6 +25,9 @@ class StreamingGrid(Grid):
         grid: through which messages go; a look for replies waits for none (`PromptGrid`).
         poll_seconds: between two looks for replies.
         on_late: is given each reply to an earlier message, before it is dropped.
+
+    Attributes:
+        waits: whether a reply may come later than it is looked for; not of simulated clients.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -208,6 +209,7 @@ def soak_table(course: Course) -> Grid:
             "memory, per 100 rounds",
             f"{100 * memory.slope:+.2f} ± {100 * memory.standard_error:.2f} MiB",
         ),
+        ("least memory, in fifths of the run", _least_by_fifths(course)),
         ("open files", f"{min(files)} to {max(files)}; first {files[0]}, last {files[-1]}"),
         ("clients with a state on disk", str(course.state_clients)),
         ("their states", f"{course.state_bytes / _MIB:.1f} MiB"),
@@ -228,6 +230,14 @@ def soak_table(course: Course) -> Grid:
         f"{settings['codec-down']} down."
     )
     return Grid(title, ("what", "found"), rows, note, named=True)
+
+
+def _least_by_fifths(course: Course) -> str:
+    """What stays, whatever is held for a moment."""
+    held = [note.anonymous / _MIB for note in course.rounds]
+    cuts = [len(held) * i // 5 for i in range(6)]
+    least = (min(held[a:b]) for a, b in pairwise(cuts) if a < b)
+    return ", ".join(f"{mib:.1f}" for mib in least) + " MiB"
 
 
 def fleets_table(courses: dict[int, list[Course]]) -> Grid:

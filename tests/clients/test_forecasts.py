@@ -42,10 +42,8 @@ def memory(tmp_path):
 def dry_runs(monkeypatch):
     """How many steps were predicted."""
     seen = []
-    for where in ("fleet.planner.dry_run", "clients.share.dry_run"):
-        monkeypatch.setattr(
-            where, lambda *a, own=planner.dry_run, **k: seen.append(a[2]) or own(*a, **k)
-        )
+    own = planner.dry_run
+    monkeypatch.setattr(planner, "dry_run", lambda *a, **k: seen.append(a[2]) or own(*a, **k))
     return seen
 
 

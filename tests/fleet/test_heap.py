@@ -53,41 +53,41 @@ def test_nothing_is_kept_of_them(how):
     assert kept_mib(how) < 4
 
 
-FAULTS = """
-import resource, sys
+MAPPED = """
+import ctypes, sys
 import torch
 from fleet.heap import reuse, trim
 
 if sys.argv[1] == "reuse":
     reuse()
 
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+class Info(ctypes.Structure):  # mallinfo2 of glibc; hblkhd is what it has mapped block by block
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
 
-def step():
-    maps = [torch.ones(size << 18) for size in (1, 2, 3, 5, 8, 13)]  # 1 to 13 MiB
-
-for _ in range(3):
-    step()
-before = faults()
-for _ in range(5):
-    step()
-taken = faults() - before
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+before = info().hblkhd
+maps = [torch.ones(size << 18) for size in (1, 2, 3, 5, 8, 13)]  # 1 to 13 MiB
+mapped = info().hblkhd - before
+del maps
 trim()
 lines = open("/proc/self/smaps_rollup").read().splitlines()
-print(taken, next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024)
+held = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
+print(mapped / 2**20, held / 1024)
 """
 
 
-def page_faults(how: str) -> tuple[int, float]:
-    """Of five steps after the first three; and MiB that are held after a trim."""
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+def mapped_and_held(how: str) -> tuple[float, float]:
+    """MiB that the system is asked for block by block; and that are held after a trim."""
+    done = subprocess.run([sys.executable, "-c", MAPPED, how], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    faults, held = done.stdout.split()
-    return int(faults), float(held)
+    mapped, held = map(float, done.stdout.split())
+    return mapped, held
 
 
-def test_a_heap_that_is_reused_asks_the_system_for_few_pages_and_can_be_trimmed():
-    (as_it_is, least), (reused, held) = page_faults("as it is"), page_faults("reuse")
-    assert reused < as_it_is / 4
+def test_blocks_of_a_heap_that_is_reused_are_its_own_and_can_be_trimmed():
+    (mapped, least), (reused, held) = mapped_and_held("as it is"), mapped_and_held("reuse")
+    assert mapped > 30
+    assert reused <= 0
     assert held < least + 4
