@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from clients.client import Client
 
 # Beyond `round-timeout`: who gives up by itself then, as one that waits to cool down, says why.
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 20.0
 
 _began = time.monotonic()  # with the message; a device has a process for each
 

@@ -6,12 +6,16 @@ Flower starts a fresh Python for each message. What such a process imports befor
 train takes seconds on a desktop, and most of a round on a Raspberry Pi. So one process
 imports the libraries, and nothing else, and forks: every message still has a process of
 its own, from the same clean state, with the code that Flower sent for its run.
+
+It knows as one of them dies, too. Flower's SuperNode takes that from heartbeats that stay
+away, 40 to 60 s later; here it is told at once, and takes the next message.
 """
 
 import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -22,9 +26,17 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
+import httpx
+from flwr.common.constant import SubStatus
 from flwr.common.logger import log
+from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TASK_TYPE_TO_APPIO_API_ADDRESS_ARG, TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
@@ -54,17 +66,36 @@ class WarmExecutor(SubprocessExecutor):
 
     def __init__(self, template: socket.socket) -> None:
         self._template: socket.socket | None = template
+        self._under_way: dict[str, ExecutionSpec] = {}  # by token
 
     def launch(self, spec: ExecutionSpec) -> LaunchResult:
         """Start the process of a task."""
         if spec.task_type == TaskType.CLIENT_APP and self._template is not None:
             try:
-                self._template.sendall(json.dumps(_arguments(spec)).encode())
+                request = {"token": spec.token, "arguments": _arguments(spec)}
+                self._template.sendall(json.dumps(request).encode())
+                self._under_way[spec.token] = spec
                 return LaunchResult.accepted()
             except OSError as error:
                 log(WARNING, "no warm ClientApp (%s); messages start a process each", error)
                 self.close()
         return super().launch(spec)
+
+    def reconcile(self) -> None:
+        """Tell the SuperNode which ClientApps have died; called between two looks for a task."""
+        while self._template is not None:
+            try:
+                ended = self._template.recv(_MESSAGE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                ended = b""
+            if not ended:  # the template has: `launch` will find out
+                return
+            told = json.loads(ended)
+            spec = self._under_way.pop(told["token"], None)
+            if spec is not None and told["code"]:
+                tell_of_death(spec, told["code"])
 
     def close(self) -> None:
         """Let the template end; ClientApps that run go on."""
@@ -73,13 +104,43 @@ class WarmExecutor(SubprocessExecutor):
             self._template = None
 
 
+def tell_of_death(spec: ExecutionSpec, code: int) -> None:
+    """Tell the SuperNode that a task has failed; one that said so itself is over there already.
+
+    Args:
+        spec: of the task.
+        code: that its process ended with; negative: the signal that killed it.
+    """
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    certificates = spec.root_certificates_path
+    client = RuntimeHttpClient.from_server_address(
+        spec.runtime_api_address,
+        spec.insecure,
+        Path(certificates).read_bytes() if certificates else None,
+        [
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(spec.token),
+        ],
+    )
+    try:
+        client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=how))
+        log(WARNING, "a ClientApp has died: %s", how)
+    except httpx.HTTPStatusError:  # its token is spent
+        pass
+    except httpx.HTTPError as error:
+        log(WARNING, "a ClientApp has died (%s), and the SuperNode was not told: %s", how, error)
+    finally:
+        client.close()
+
+
 def fork_template() -> socket.socket:
     """Fork the process that ClientApps are forked from.
 
     It ends once the socket is closed, by this process or by its end.
 
     Returns:
-        Takes a message for each ClientApp: its arguments, a JSON list.
+        Takes a message for each ClientApp, a JSON object of its token and arguments, and
+        gives one back as it ends, of token and exit code.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
@@ -103,20 +164,46 @@ def main() -> None:
 
 
 def _serve(requests: socket.socket) -> None:
-    """Import the libraries and fork a ClientApp for each request."""
+    """Import the libraries, fork a ClientApp for each request, and tell as it ends."""
     # Ctrl-C reaches the whole group: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the ended
     _import_libraries()
     # Shared pages stay so: a collection would write to the headers of all objects.
     gc.collect()
     trim()
     gc.freeze()
     log(INFO, "ClientApps start warm")
-    while request := requests.recv(_MESSAGE):
-        if os.fork() == 0:
-            requests.close()
-            _run(json.loads(request))
+    children_end, noted = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(noted)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # else nothing is noted
+    tokens: dict[int, str] = {}  # process id → of its task
+    while True:
+        readable, _, _ = select.select([requests, children_end], [], [])
+        if children_end in readable:
+            os.read(children_end, _MESSAGE)
+            _tell_of_ended(tokens, requests)
+        if requests in readable:
+            request = requests.recv(_MESSAGE)
+            if not request:
+                return
+            asked = json.loads(request)
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                for each in (children_end, noted):
+                    os.close(each)
+                requests.close()
+                _run(asked["arguments"])
+            tokens[pid] = asked["token"]
+
+
+def _tell_of_ended(tokens: dict[int, str], requests: socket.socket) -> None:
+    with suppress(ChildProcessError):  # there are none
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended
+            told = {"token": tokens.pop(pid, ""), "code": os.waitstatus_to_exitcode(status)}
+            with suppress(OSError):  # the executor has ended
+                requests.sendall(json.dumps(told).encode())
 
 
 def _import_libraries() -> None:

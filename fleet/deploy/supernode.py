@@ -49,7 +49,7 @@ def main() -> None:
     sys.argv = ["flower-supernode", *arguments]
     from flwr.supernode.cli import flower_supernode
 
-    improve()
+    improve(give_up=_end)
     try:
         flower_supernode()
         _log.error("the SuperNode's main loop has ended, see above")

@@ -16,16 +16,20 @@ reset is made anew with three, a device so comes to count as offline while it wo
 And one may come to be a step behind for good. The main loop takes a message, waits for
 a reply, and sends what there is. If a run ends while its message is being fetched, the
 loop does not wait for that reply; from then on it sends each time the reply to the
-message before, and the server waits in vain for the last one.
+message before, and the server waits in vain for the last one. How it waits for ever for
+a reply that nobody writes any more, `fleet.deploy.dead_tasks` tells.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from fleet.deploy.dead_tasks import answer_for_the_dead
 
 SOON_SECONDS = 0.5  # between two looks for a message, while a run goes on
 BUSY_SECONDS = 120.0  # after a message, a run is taken to go on
@@ -36,9 +40,14 @@ _LATE = 0  # in place of a run's number
 _log = logging.getLogger("flwr")
 
 
-def improve() -> None:
-    """Change all of it in Flower's modules; what another version has no more stays as it is."""
+def improve(give_up: Callable[[], None]) -> None:
+    """Change all of it in Flower's modules; what another version has no more stays as it is.
+
+    Args:
+        give_up: ends this process, to be started again.
+    """
     from flwr.supernode import fleet_http_client, fleet_http_connection, start_client_internal
+    from flwr.supernode.nodestate import in_memory_nodestate
 
     for change, module in (
         (keep_trying, fleet_http_connection),
@@ -47,6 +56,7 @@ def improve() -> None:
         (send_late_replies, start_client_internal),
         (look_sooner, start_client_internal),
         (name_refusals, start_client_internal),
+        (partial(answer_for_the_dead, give_up=give_up), in_memory_nodestate),
     ):
         try:
             change(module)

@@ -1,14 +1,20 @@
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors.http.runtime_token import TASK_TOKEN_HEADER
 from flwr.supercore.superexec import run_superexec
 from flwr.supercore.superexec.executor import ExecutionSpec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
@@ -76,6 +82,33 @@ def warm(tmp_path, monkeypatch):
     made.close()
 
 
+@contextmanager
+def runtime_api():
+    """A SuperNode's Runtime API: its address, and token, status and details of what it was told."""
+    outputs: list[tuple[str, str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            told = PushTaskOutputRequest.FromString(body)
+            assert self.path.endswith("push-task-output")
+            outputs.append((self.headers[TASK_TOKEN_HEADER], told.sub_status, told.details))
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}", outputs
+        server.shutdown()
+        thread.join()
+
+
 def reports(folder: Path, count: int) -> dict[int, dict]:
     """What so many ClientApps saw, by their process ids."""
     deadline = time.monotonic() + 60
@@ -138,6 +171,50 @@ def test_without_its_template_every_message_starts_a_process_as_in_flower(warm, 
     for _ in range(2):
         assert warm.launch(SPEC).status == "accepted"
     assert [command[0] for command in started] == ["flwr-clientapp"] * 2
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal 9"),
+        (lambda: os._exit(1), "exit code 1"),
+    ],
+)
+def test_the_supernode_is_told_at_once_of_a_client_app_that_dies(monkeypatch, end, how):
+    monkeypatch.setattr(executor, "LIBRARIES", ())
+    monkeypatch.setattr(executor, "flwr_clientapp", end)
+    with runtime_api() as (address, outputs):
+        made = WarmExecutor(fork_template())
+        made.launch(ExecutionSpec(**{**vars(SPEC), "runtime_api_address": address}))
+        deadline = time.monotonic() + 60
+        while not outputs:
+            assert time.monotonic() < deadline
+            made.reconcile()  # as Flower's loop calls it
+            time.sleep(0.02)
+        made.close()
+    assert outputs == [(SPEC.token, "failed", how)]
+
+
+def test_the_supernode_is_told_nothing_of_a_client_app_that_ends_well(monkeypatch):
+    monkeypatch.setattr(executor, "LIBRARIES", ())
+    monkeypatch.setattr(executor, "flwr_clientapp", lambda: os._exit(int("bad" in sys.argv)))
+    with runtime_api() as (address, outputs):
+        made = WarmExecutor(fork_template())
+        for token in ("good", "bad"):
+            spec = {**vars(SPEC), "runtime_api_address": address, "token": token}
+            made.launch(ExecutionSpec(**spec))
+        deadline = time.monotonic() + 60
+        while made._under_way:
+            assert time.monotonic() < deadline
+            made.reconcile()
+            time.sleep(0.02)
+        made.close()
+    assert [token for token, *_ in outputs] == ["bad"]
+
+
+def test_a_supernode_that_is_gone_is_no_error(caplog):
+    executor.tell_of_death(SPEC, -9)  # nothing listens on port 1
+    assert "killed by signal 9), and the SuperNode was not told" in caplog.text
 
 
 def test_the_template_ends_with_its_executor(warm, template):

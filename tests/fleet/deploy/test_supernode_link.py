@@ -163,8 +163,13 @@ def test_flowers_loop_is_as_look_sooner_takes_it_to_be():
 
 def test_a_flower_that_has_other_names_stays_as_it_is_and_the_log_says_so(monkeypatch, caplog):
     monkeypatch.delattr(start_client_internal, "_pull_and_store_message")
-    for name in ("keep_trying", "keep_connection", "wait_for_heartbeats"):
-        monkeypatch.setattr(supernode_link, name, lambda module: None)
+    for name in (
+        "keep_trying",
+        "keep_connection",
+        "wait_for_heartbeats",
+        "answer_for_the_dead",
+    ):
+        monkeypatch.setattr(supernode_link, name, lambda module, **others: None)
     monkeypatch.setattr(supernode_link, "_log", logging.getLogger("flower of a test"))
-    supernode_link.improve()
+    supernode_link.improve(give_up=lambda: None)
     assert "this version of Flower stays as it is" in caplog.text
