@@ -23,13 +23,15 @@ from strategies.algorithm import Algorithm, Step
 from strategies.flower_errors import reason_of
 from strategies.gate import Gate
 from strategies.head_start import HeadStarter
-from strategies.ledger import Ledger
+from strategies.ledger import Ledger, printable
 from strategies.outbox import Outbox
 from strategies.sampling import Roster, sample
 from strategies.spool import Spool
 from strategies.streaming import StreamingGrid, close
 from strategies.tokens import Tokens
 
+# Where a device that hung, or was lost, has told its own log why.
+_LOOK_THERE = "; logs/supernode.log in the device's state may say why"
 _MOMENTS = f"{MessageType.QUERY}.moments"  # `query("moments")` of the ClientApp
 
 
@@ -88,7 +90,7 @@ class FleetStrategy(Strategy):
 
     def run(self, grid: Grid) -> TrainableState:
         """All rounds that are left; returns the last state."""
-        self._grid = StreamingGrid(grid)
+        self._grid = StreamingGrid(grid, on_late=self._log_late_error)
         if self._head_start is not None and self._done is None:
             self._solve_head(self._head_start)
         if self._done:
@@ -236,6 +238,13 @@ class FleetStrategy(Strategy):
         self._memory = self._algorithm.init(self.state)
         self._outbox.versions.advance(self.state, [self._seed, 0])
 
+    def _log_late_error(self, reply: Message) -> None:
+        """Why a client failed that is not waited for any more, as one that hung, is in the log."""
+        if reply.has_error():
+            asked = {message.metadata.message_id: name for name, message in self._asked.items()}
+            name = asked.get(reply.metadata.reply_to_message_id, "a client")
+            log(WARNING, "%s answered too late: %s", name, printable(reason_of(reply.error)))
+
     def _send(self, server_round: int, nodes: Mapping[str, int], kind: str) -> list[Message]:
         self._asked = self._outbox.write(server_round, nodes, kind, self._ledger)
         return list(self._asked.values())
@@ -279,7 +288,7 @@ class FleetStrategy(Strategy):
         self._silent = {*silent.values()} if self._grid.waits else set()
         for name in silent.values():
             reason = f"no reply within {self._config.round_timeout:g} s"
-            self._ledger.refuse(name, reason, phase)
+            self._ledger.refuse(name, reason + (_LOOK_THERE if self._grid.waits else ""), phase)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, phase: str = "") -> Iterator[None]:

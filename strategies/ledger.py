@@ -14,6 +14,15 @@ from fleet.state import ClientUpdate
 _MAX_REASON = 2000  # characters of why a client does not count
 
 
+def printable(reason: str | None) -> str:
+    """A reason as it may be shown, for clients write some: printable characters, and lines.
+
+    Of a long one the end is kept: a traceback says most there.
+    """
+    shown = "".join(c for c in (reason or "")[-_MAX_REASON:] if c.isprintable() or c == "\n")
+    return shown.strip() or "no reason given"
+
+
 class Traffic:
     """Bytes one way: by client, and by what they are."""
 
@@ -81,17 +90,14 @@ class Ledger:
             self.up.find_roles(_roles(arrays, update.plan))
 
     def refuse(self, client: str, reason: str | None, phase: str = "") -> None:
-        """Book why something that a client sent, or did not send, does not count.
+        """Book why something that a client sent, or did not send, does not count, as `printable`.
 
-        What was booked for it before stays. Of a long reason the end is kept:
-        a traceback says most there.
+        What was booked for it before stays.
 
         Args:
             phase: stands before the reason, unless the client was refused for the same before.
         """
-        # Clients write some of these: of characters, the printable ones, and lines.
-        reason = "".join(c for c in (reason or "")[-_MAX_REASON:] if c.isprintable() or c == "\n")
-        reason, before = reason.strip() or "no reason given", self.refused.get(client, "")
+        reason, before = printable(reason), self.refused.get(client, "")
         if not before.endswith(reason):
             both = f"{before}; {phase}{reason}" if before else f"{phase}{reason}"
             self.refused[client] = both[-_MAX_REASON:]

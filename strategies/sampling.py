@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from logging import INFO, WARNING
 
 import numpy as np
@@ -12,6 +12,8 @@ from flwr.serverapp import Grid
 
 from fleet.errors import TOO_FEW, ConfigError, UpdateError
 from fleet.message import Enrolment, content_bytes, read_enrolment
+from fleet.report.history import last_line
+from strategies.ledger import printable
 from strategies.streaming import StreamingGrid
 
 _POLL_SECONDS = 1.0
@@ -27,6 +29,7 @@ _MAX_NAME = 256  # characters, of a client or a class
 _MAX_CLASSES = 10_000  # of one client
 _MAX_REASONS = 100  # that are remembered of clients turned away
 _MAX_REASON = 1000  # characters
+_MAX_LINES = 20  # that are told at once
 _REMEMBERED = 10_000  # introductions that were asked for, and may still come
 
 
@@ -36,9 +39,18 @@ class Roster:
     Args:
         grid: to ask nodes through.
         timeout: seconds that a node has to introduce itself.
+        tell: is given what there is to say of who is missing and who was refused, in lines,
+            whenever it may have changed.
     """
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        timeout: float,
+        tell: Callable[[Sequence[str]], None] = lambda lines: None,
+    ) -> None:
+        self._tell = tell
+        self._wanted = 0  # clients that are waited for
         self._grid = StreamingGrid(grid, on_late=self._admit)
         self._timeout = timeout
         self._enrolled: dict[int, Enrolment] = {}  # node id → who it is
@@ -58,6 +70,7 @@ class Roster:
             ConfigError: if fewer came, with the reasons of those who were turned away.
         """
         deadline = time.monotonic() + self._timeout
+        self._wanted = min_clients
         while True:
             self._online = nodes = set(self._grid.get_node_ids())
             for node in self._ask_again.keys() - nodes:  # somebody may have put it right meanwhile
@@ -65,11 +78,13 @@ class Roster:
             self._grid.take_late()  # who took longer to answer than was waited for
             known = nodes & self._enrolled.keys()
             timeout = self._timeout if len(known) < min_clients else _PATIENCE_SECONDS
+            self._tell_who_is_missing()
             self._enrol(sorted(nodes - known), min(timeout, self._timeout))
             self._absent = {
                 n: why for n, why in self._absent.items() if n in nodes and n not in self._enrolled
             }
             names = {e.name: n for n, e in sorted(self._enrolled.items()) if n in nodes}
+            self._tell_who_is_missing()
             if len(names) >= min_clients:
                 return dict(sorted(names.items()))
             if time.monotonic() > deadline:
@@ -128,8 +143,9 @@ class Roster:
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         replies = self._grid.send_and_receive(questions, timeout=timeout)
         self._questions |= {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
-        for reply in list(replies):
+        for reply in replies:
             self._admit(reply)
+            self._tell_who_is_missing()  # some may take long, and this one's reason is known
         while len(self._questions) > _REMEMBERED:  # the oldest will not be answered any more
             del self._questions[next(iter(self._questions))]
 
@@ -146,7 +162,15 @@ class Roster:
             if node is not None:
                 self._enrolled[node] = self._checked(_introduction(reply), taken)
         except UpdateError as error:
-            self._turn_away(node, str(error)[-_MAX_REASON:])
+            self._turn_away(node, printable(str(error))[-_MAX_REASON:])
+
+    def _tell_who_is_missing(self) -> None:
+        there = sum(node in self._online for node in self._enrolled)
+        reasons = sorted({last_line(reason) for reason in self._absent.values()})
+        lines = [f"refused: {reason}" for reason in reasons]
+        if there < self._wanted:
+            lines.insert(0, f"waiting for clients: {there} of {self._wanted}")
+        self._tell(lines[:_MAX_LINES])
 
     def _turn_away(self, node: int | None, reason: str) -> None:
         if node is not None:

@@ -6,6 +6,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fleet.evaluation import Evaluation, evaluate
 from fleet.mobiletl import TransferModel
 from fleet.plan import UpdatePlan, make_plan
 from fleet.records import RoundReport, RunRecord, summarise
+from fleet.remarks import Remarks
 from fleet.report import write_page
 from fleet.state import TrainableState, capture, load
 from fleet.train import pick_device
@@ -31,6 +33,7 @@ from strategies.head_start import HeadStarter
 from strategies.patience import Patience
 from strategies.prompt_grid import PromptGrid, prompt
 from strategies.resume import Keeper, Standing, standing
+from strategies.run_log import logged_beside
 from strategies.sampling import Roster
 
 app = ServerApp()
@@ -42,14 +45,31 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with _cannot_begin():
             config = read_config(context.run_config)
-        run(prompt(grid), config)
+        grid = prompt(grid)
+        with _followed(grid, config) as remarks:
+            run(grid, config, remarks)
     except FleetError as error:
         log(ERROR, "%s", error)
         raise
 
 
-def run(grid: Grid, config: RunConfig) -> None:
+@contextlib.contextmanager
+def _followed(grid: Grid, config: RunConfig) -> Iterator[Remarks]:
+    """Log and remarks of a run with devices, in its folder; a simulation's are its terminal's."""
+    if not isinstance(grid, PromptGrid) or not config.run_dir:
+        yield Remarks(None)
+        return
+    folder = Path(config.run_dir)
+    remarks = Remarks(folder)
+    with logged_beside(folder), remarks.while_it_runs():
+        yield remarks
+
+
+def run(grid: Grid, config: RunConfig, remarks: Remarks) -> None:
     """One run over a grid of clients, or with `resume` what is left of one.
+
+    Args:
+        remarks: what there is to say of it as it goes on.
 
     Raises:
         FleetError: for a setting, data or weights that the user can mend.
@@ -61,7 +81,9 @@ def run(grid: Grid, config: RunConfig) -> None:
         with _cannot_begin():
             _check_plans(algorithm(federation, config.seed), config)
             test = _held_out(config) if federation.evaluation == "server" else None
-        roster = Roster(grid, timeout=federation.round_timeout)
+        roster = Roster(
+            grid, timeout=federation.round_timeout, tell=partial(remarks.say, "devices")
+        )
         online = roster.wait_for({*kept.cohort} if kept else set(), federation.min_clients)
         classes = kept.classes if kept else test.classes if test else roster.classes()
         with _cannot_begin():
@@ -74,7 +96,9 @@ def run(grid: Grid, config: RunConfig) -> None:
         clients = kept.clients if kept else len(online)
         record = _record(config, clients, while_it_runs)
         log(INFO, "records go to %s", record.path)
-        patience = Patience(federation.rounds) if isinstance(grid, PromptGrid) else None
+        patience = None
+        if isinstance(grid, PromptGrid):
+            patience = Patience(federation.rounds, tell=partial(remarks.say, "pause"))
         strategy, keeper = _strategy(roster, config, kept, model, record, clients, test, patience)
         strategy.run(grid)
         keeper.finish()

@@ -44,6 +44,12 @@ class StallingRelay:
         self._goes_on.clear()
         self._everything, self._stop_after = everything, nbytes
 
+    def cut(self) -> None:
+        """Let nothing pass any more on any connection, as where the network is gone."""
+        self._goes_on.clear()
+        self._everything = True
+        self.stalled.set()
+
     def go_on(self) -> None:
         """Let new connections pass; those from before are reset."""
         self._stop_after = None

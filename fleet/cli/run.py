@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from fleet.cli.follow import follow
 from fleet.cli.options import format_option, server_folder_option
-from fleet.cli.progress import show_progress
-from fleet.cli.report import show_run
 from fleet.cli.simulate import setting_options
 from fleet.config import (
     WEIGHTS,
@@ -24,13 +22,12 @@ from fleet.config import (
 )
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
+from fleet.remarks import read_remarks
 
 if TYPE_CHECKING:
     from fleet.deploy.addresses import Address
     from fleet.deploy.provisioning import ServerFolder
-    from fleet.deploy.wishes import Standing, Wishes
-
-_POLL_SECONDS = 0.5
+    from fleet.deploy.wishes import Wishes
 
 
 @click.command("run")
@@ -125,7 +122,7 @@ def command(
     if detach:
         click.echo(f"run {name} is submitted; follow it with: fleet run --resume {name}")
         return
-    _follow(wishes, name, output_format)
+    follow(wishes, name, output_format)
 
 
 def _rounds_of_resumed(settings: dict[str, Value]) -> int | None:
@@ -279,63 +276,6 @@ def _absolute_paths(config: RunConfig) -> dict[str, Value]:
     return paths
 
 
-def _follow(wishes: "Wishes", name: str, output_format: str) -> None:
-    """Show a run until it is over; fail if it has."""
-    from fleet.deploy.wishes import FINISHED
-
-    wish = wishes.read(name)
-    record = RunRecord(Path(wish.run_dir))
-    try:
-        with show_progress(int(wish.settings["rounds"])) as (on_round, _):
-            *_, standing = _standings(wishes, name, record, on_round)
-    except KeyboardInterrupt:
-        click.echo(
-            f"run {name} goes on; follow it with: fleet run --resume {name}\n"
-            f"end it with: fleet run --stop {name}",
-            err=True,
-        )
-        raise click.exceptions.Exit(130) from None
-    if standing.status != FINISHED:
-        click.echo(f"run {name} has {standing.status}: {standing.reason}", err=True)
-    elif output_format == "json":
-        click.echo(to_json(record.summary(), indent=2))
-    else:
-        show_run(record)
-    if standing.status != FINISHED:
-        raise click.exceptions.Exit(1)
-
-
-def _standings(
-    wishes: "Wishes", name: str, record: RunRecord, on_round: Callable[[Any], None]
-) -> Iterator["Standing"]:
-    """Where a run stands, until it is over; its rounds are told as they come, each once."""
-    position, told, shown = 0, -1, ""
-    while True:
-        # In this order: what is on record as the run is over has been told by then.
-        standing, attempt = wishes.standing(name), wishes.read(name).attempt
-        if record.rounds_path.is_file():
-            size = record.rounds_path.stat().st_size
-            if size < position:  # it was cut back to its checkpoint
-                position = 0
-            for report, behind in record.rounds_from(position):
-                position = behind
-                if report.server_round > told:
-                    told = report.server_round
-                    on_round(report)
-        note = _note(standing)
-        if note and note != shown:
-            click.echo(note, err=True)
-        shown = note
-        yield standing
-        if standing.over and standing.attempt == attempt:
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def _note(standing: "Standing") -> str:
-    return "" if standing.over or not standing.reason else f"the run: {standing.reason}"
-
-
 def _show_list(wishes: "Wishes", output_format: str) -> None:
     rows = []
     for name in wishes.names():
@@ -345,12 +285,15 @@ def _show_list(wishes: "Wishes", output_format: str) -> None:
             row = {"name": name, "status": "damaged", "submissions": 0, "reason": str(error)}
             rows.append(row | {"run_dir": ""})
             continue
+        reasons = [standing.reason] if standing.reason else []
+        if not standing.over:
+            reasons += read_remarks(Path(wish.run_dir))
         rows.append(
             {
                 "name": name,
                 "status": standing.status,
                 "submissions": standing.submissions,
-                "reason": standing.reason,
+                "reason": "; ".join(reasons),
                 "run_dir": wish.run_dir,
             }
         )

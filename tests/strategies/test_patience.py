@@ -42,3 +42,24 @@ def test_a_round_that_waited_for_replies_has_waited_enough(slept):
 
 def test_nothing_is_waited_for_before_the_first_round_and_after_the_last(slept):
     assert not go_through(slept, [(0, (), 0.0), (3, (), 0.0)], rounds=3)
+
+
+def test_who_follows_is_told_what_is_waited_for_and_why_until_it_is_over():
+    told = []
+    patience = Patience(9, sleep=lambda seconds: told.append(seconds), tell=told.append)
+    reasons = {f"pi-0{i}": f"its battery is at {i} %" for i in range(1, 6)}
+    reasons["pi-02"] = "Traceback\n  …\nOSError: no such file"
+    empty = {"accuracy": None, "loss": None, "clients": (), "seconds": 0.0}
+    patience.after(RoundReport(server_round=3, refused=reasons, **empty))
+    patience.after(RoundReport(server_round=4, **empty))
+    assert told == [
+        (
+            "waiting 5 s, because no update of round 3 counts (pi-01: its battery is at 1 %; "
+            "pi-02: OSError: no such file; pi-03: its battery is at 3 %; and 2 more)",
+        ),
+        5.0,
+        (),
+        ("waiting 10 s, because no update of round 4 counts",),
+        10.0,
+        (),
+    ]

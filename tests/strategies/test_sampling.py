@@ -207,6 +207,31 @@ def test_a_node_that_takes_no_part_is_told_with_its_reason_until_it_does_or_is_g
     assert roster.absent == {}
 
 
+def test_a_refusal_is_told_while_others_are_still_waited_for(scripted_grid):
+    told = []
+    refuses = {2: lambda m: refusal(ConfigError("pi-2: /images holds no images"), m)}
+    grid = scripted_grid({1: enrols("a"), 3: enrols("far")} | refuses)
+    slow = Slow(grid, 3)
+
+    def tell(lines):
+        told.append(lines)
+        if len(lines) == 2:  # only now does the last one answer
+            slow.nodes.clear()
+
+    assert Roster(grid, timeout=30, tell=tell).online(2) == {"a": 1, "far": 3}
+    assert told[0] == ["waiting for clients: 0 of 2"]
+    assert ["waiting for clients: 1 of 2", "refused: pi-2: /images holds no images"] in told
+    assert told[-1] == ["refused: pi-2: /images holds no images"]
+
+
+def test_what_is_told_of_a_refusal_is_one_printable_line(scripted_grid):
+    told = []
+    reason = "Traceback\n …\nOSError: \x1b[2Jpi-2 is full"
+    grid = scripted_grid({1: enrols("a"), 2: lambda m: Message(Error(2, reason), reply_to=m)})
+    Roster(grid, timeout=5, tell=told.append).online(1)
+    assert told[-1] == ["refused: OSError: [2Jpi-2 is full"]
+
+
 def test_a_client_that_is_gone_is_not_online(scripted_grid):
     grid = scripted_grid({1: enrols("a"), 2: enrols("b")})
     roster = Roster(grid, timeout=5)

@@ -1,0 +1,197 @@
+"""A device that is lost in the middle of a round, in four ways, and takes part again after each.
+
+Its ClientApp dies alone, by SIGKILL and by SIGTERM; its SuperNode does, while the client that
+keeps it running lives on; its network is gone for most of one. The other device trains on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from fleet.deploy.addresses import Address
+from fleet.deploy.bundle import bundle_files
+from fleet.deploy.provisioning import Provisioner
+from fleet.records import RoundReport, RunRecord
+from tests.deployment import (
+    HOST,
+    SMALL_RUN,
+    TWO_CLASSES,
+    Processes,
+    begin_run,
+    free_ports,
+    processes_in_a_folder,
+    rounds_on_record,
+    write_digits,
+)
+from tests.stalling_relay import StallingRelay, stalling_relay
+
+LOST = "pi-02"
+IMAGES = {"pi-01": 8, LOST: 80, "server": 8}  # of each class: it is at work for a while
+ROUND_SECONDS = 45
+SLACK_SECONDS = 30  # for evaluation and checkpoint, on a machine that is busy
+RUN_SECONDS = 600
+SETTINGS = SMALL_RUN | {
+    "local-epochs": 3,
+    "rounds": 40,  # more than there will be: the run is stopped
+    "min-clients": 2,
+    "round-timeout": ROUND_SECONDS,
+    "cache": "off",
+}
+EVENTS = ("ClientApp killed", "ClientApp ended", "SuperNode killed", "network gone")
+
+
+@dataclass(frozen=True)
+class Event:
+    """The round in which the device was lost, and the first one after it in which it was back."""
+
+    lost: RoundReport
+    back: RoundReport
+
+
+@dataclass(frozen=True)
+class Life:
+    """What a run left.
+
+    Attributes:
+        events: by their names.
+        shown: by fleet run.
+        server_log: of the ServerApp, beside the record.
+    """
+
+    events: dict[str, Event]
+    shown: str
+    server_log: str
+
+
+@pytest.fixture(scope="module")
+def life() -> Iterator[Life]:
+    (port,) = free_ports(1)
+    with processes_in_a_folder() as processes, stalling_relay((HOST, port)) as relay:
+        try:
+            yield live(processes, port, relay)
+        except AssertionError:
+            print(processes.all_logs())
+            raise
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_round_commits_by_its_deadline_with_the_others_update(life, event):
+    report = life.events[event].lost
+    assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
+    assert report.seconds < ROUND_SECONDS + SLACK_SECONDS
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_device_is_named_on_record_and_to_who_follows(life, event):
+    report = life.events[event].lost
+    assert report.refused.keys() == {LOST}
+    reason = report.refused[LOST]
+    assert f"round {report.server_round}: {LOST}: {reason}" in life.shown
+
+
+def test_a_client_app_that_dies_is_known_at_once_and_the_device_says_how(life):
+    for event, how in (
+        ("ClientApp killed", "killed by signal 9"),
+        ("ClientApp ended", "ClientApp task failed due to unknown reason"),  # in Flower's words
+    ):
+        report = life.events[event].lost
+        assert report.seconds < ROUND_SECONDS - 5  # Flower takes 40 to 60 s, or for ever
+        assert f"the process that worked on it died ({how}); on the device " in report.refused[LOST]
+        assert f"{LOST}/logs/supernode.log says more" in report.refused[LOST]
+        assert life.events[event].back.server_round == report.server_round + 1
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_device_is_back(life, event):
+    report = life.events[event].back
+    assert {client.name for client in report.clients} == {"pi-01", LOST}
+    assert report.refused == {}
+
+
+def test_the_log_beside_the_record_names_each_round(life):
+    for event in life.events.values():
+        assert f"round {event.lost.server_round}/40: accuracy" in life.server_log
+        assert f"round {event.back.server_round}/40: accuracy" in life.server_log
+
+
+def live(processes: Processes, port: int, relay: StallingRelay) -> Life:
+    """One run, in which a device is lost in every way, each time once it is back from the last."""
+    folder = processes.folder
+    provisioner = Provisioner(folder / "fleet")
+    provisioner.begin([Address("localhost", port)], ["pi-01", LOST])
+    bundle = folder / "fleet" / LOST
+    kept = {name: (bundle / name).read_bytes() for name in ("ca.crt", "device.key")}
+    moved = bundle_files(LOST, Address("localhost", relay.port), *kept.values())
+    (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
+    write_digits(folder, IMAGES, TWO_CLASSES)
+    server = provisioner.server
+    processes.fleet("server", "server", "--dir", server.path, "--host", HOST)
+    for name in ("pi-01", LOST):
+        processes.fleet(
+            *(name, "client", "--bundle", provisioner.out / name, "--budget-mib", "off"),
+            *("--data", folder / f"{name}-images", "--state", folder / name),
+        )
+    record = begin_run(processes, server, "first", SETTINGS)
+
+    lose: dict[str, Callable[[], None]] = {
+        "ClientApp killed": lambda: client_app(processes).kill(),
+        "ClientApp ended": lambda: client_app(processes).terminate(),
+        "SuperNode killed": lambda: supernode(processes).kill(),
+        "network gone": relay.cut,
+    }
+    events = {}
+    done = wait_for_both(processes, record, after=0)
+    for event in EVENTS:
+        lost = done.server_round + 1
+        wait_until_at_work(processes, lost, record)
+        lose[event]()
+        processes.wait(f"round {lost}", lambda n=lost: rounds_on_record(record) > n, RUN_SECONDS)
+        if event == "network gone":  # it was for the rest of the round, most of a minute
+            relay.go_on()
+        done = wait_for_both(processes, record, after=lost)
+        events[event] = Event(round_of(record, lost), done)
+    processes.fleet("stop", "run", "--dir", server.path, "--stop", "first")
+    processes.wait("its end", lambda: processes.exit_code("run") is not None, RUN_SECONDS)
+    return Life(events, processes.log("run"), (record.path / "server.log").read_text())
+
+
+def round_of(record: RunRecord, number: int) -> RoundReport:
+    return next(report for report in record.rounds() if report.server_round == number)
+
+
+def wait_for_both(processes: Processes, record: RunRecord, after: int) -> RoundReport:
+    """The first round after one in which both devices trained."""
+
+    def rounds() -> list[RoundReport]:
+        there = record.rounds() if record.rounds_path.exists() else ()
+        return [r for r in there if r.server_round > after and len(r.clients) == 2]
+
+    processes.wait(f"both devices after round {after}", rounds, RUN_SECONDS)
+    return rounds()[0]
+
+
+def wait_until_at_work(processes: Processes, number: int, record: RunRecord) -> None:
+    """Until the device has worked on a round's message for half a second of its CPU."""
+    processes.wait(f"round {number - 1}", lambda: rounds_on_record(record) >= number, RUN_SECONDS)
+    assert rounds_on_record(record) == number, "the round has ended before the device was lost"
+
+    def works() -> bool:
+        try:
+            return client_app(processes).cpu_times().user > 0.5
+        except (psutil.Error, IndexError):
+            return False
+
+    processes.wait(f"{LOST} works in round {number}", works, RUN_SECONDS)
+
+
+def supernode(processes: Processes) -> psutil.Process:
+    return processes.process(LOST).children()[0]
+
+
+def client_app(processes: Processes) -> psutil.Process:
+    """Of the lost device: forked from the template, which is forked from the SuperExec."""
+    executor = supernode(processes).children()[0]
+    template = executor.children()[0]
+    return template.children()[0]
