@@ -80,6 +80,8 @@ def run(grid: Grid, config: RunConfig, remarks: Remarks) -> None:
         # What is wrong is told before anybody is waited for.
         with _cannot_begin():
             _check_plans(algorithm(federation, config.seed), config)
+            if isinstance(grid, PromptGrid):
+                _check_paths(config)
             test = _held_out(config) if federation.evaluation == "server" else None
         roster = Roster(
             grid, timeout=federation.round_timeout, tell=partial(remarks.say, "devices")
@@ -266,6 +268,20 @@ def _check_plans(chosen: Algorithm, config: RunConfig) -> None:
                 f"{key} is {value}, which gives clients unequal plans, and strategy "
                 f"{config.federation.strategy} needs equal ones; set blocks to one value and "
                 f"budget-mib to off"
+            )
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse a path that `fleet run` has found, and this process does not see."""
+    named = {"weights": config.model.weights}
+    if config.federation.evaluation == "server":
+        named["data"] = config.data.source
+    for key, value in named.items():
+        if Path(value).is_absolute() and not Path(value).exists():
+            raise ConfigError(
+                f"{key} {value} is not there for the server's process. A service sees nothing of "
+                f"homes and /tmp but what it was installed with: fleet service install server "
+                f"--readable {value}, then restart it; else name a path on the server's machine"
             )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clients.doctor.findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, problem
-from fleet.device_files import image_folder
+from fleet.device_files import image_folder, links_lost_to_services, told_of_links
 from fleet.errors import ConfigError
 
 SECONDS = 600  # every image is opened: 0.1 to 1 ms each, and a Pi's card is slow
@@ -49,6 +49,16 @@ def images_finding(data: str, *, readable: bool) -> Finding:
         folder = image_folder(data)
     except ConfigError as error:
         return problem("data", error)
+    found = _seen_finding(folder, readable)
+    told = told_of_links(folder, links_lost_to_services(folder))
+    if told is None or found.state == PROBLEM:
+        return found
+    fact, remedy = told
+    remedies = [found.remedy] if found.remedy else []
+    return Finding("data", WARNING, f"{found.fact}; {fact}", "; ".join([*remedies, remedy]))
+
+
+def _seen_finding(folder: Path, readable: bool) -> Finding:
     if not readable:
         return listed_finding(folder)
     told = read_as_client(folder)

@@ -1,5 +1,6 @@
 """`fleet run`."""
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -181,7 +182,7 @@ def _wish(
     _check_files(config)
     _check_blocks(config)
     app = build_app()
-    signatures = _signatures(app, key) if key is not None else {}
+    signatures = _signatures(name, app, key) if key is not None else {}
     # The server works in another folder than the user.
     record = RunRecord.reserve(config.run_dir)
     final = config.as_settings() | _absolute_paths(config) | {"run-dir": str(record.path)}
@@ -189,14 +190,20 @@ def _wish(
     wishes.make(name, wish, app)
 
 
-def _signatures(app: bytes, key: Path) -> dict[str, str]:
-    from fleet.deploy.signing import open_signer, sign_app
+def _signatures(name: str, app: bytes, key: Path) -> dict[str, str]:
+    from fleet.deploy.signing import key_id, open_signer, sign_app
 
     def ask() -> str | None:
         terminal = sys.stdin.isatty()
         return click.prompt(f"Passphrase of {key}", hide_input=True, err=True) if terminal else None
 
-    return sign_app(app, open_signer(key, ask))
+    signer = open_signer(key, ask)
+    click.echo(
+        f"signing the app {name}.fab: {len(app)} bytes, SHA-256 {hashlib.sha256(app).hexdigest()}, "
+        f"with key {key_id(signer.public_key)}",
+        err=True,
+    )
+    return sign_app(app, signer)
 
 
 def _check_devices(server: "ServerFolder", config: RunConfig) -> None:

@@ -10,6 +10,7 @@ import click
 
 from fleet.deploy import services
 from fleet.deploy.units import Service, unit_text
+from fleet.device_files import links_lost_to_services, told_of_links
 from fleet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def client(bundle: Path | None, data: Path | None, **options: Any) -> None:
             missing = "--bundle" if bundle is None else "--data"
             raise ConfigError(f"{missing} is missing; fleet service install client --help tells")
         service = services.client_service(bundle=bundle, data=data, **common)
+        if told := told_of_links(data, links_lost_to_services(data)):
+            click.echo(f"Warning: {': '.join(told)}", err=True)
         return _with_files(service, _check_client(service, common["arguments"]))
 
     _run(make, **options)
@@ -96,17 +99,29 @@ def client(bundle: Path | None, data: Path | None, **options: Any) -> None:
 @click.option("--host", help="Address that it listens on.  [default: of fleet server]")
 @click.option("--port", type=click.IntRange(1, 65535), help="[default: of fleet server]")
 @click.option(
+    "--readable",
+    type=_PATH,
+    multiple=True,
+    metavar="PATH",
+    help="What runs may name as --data or --weights, below a home or /tmp; several.",
+)
+@click.option(
     "--writable", type=_PATH, multiple=True, metavar="DIR", help="Where runs are written; several."
 )
 @_options("server", "infinity")
 def server(
-    folder: Path, host: str | None, port: int | None, writable: tuple[Path, ...], **options: Any
+    folder: Path,
+    host: str | None,
+    port: int | None,
+    readable: tuple[Path, ...],
+    writable: tuple[Path, ...],
+    **options: Any,
 ) -> None:
     """Write the unit of the server."""
 
     def make(**common: Any) -> Service:
         service = services.server_service(
-            folder=folder, host=host, port=port, writable=writable, **common
+            folder=folder, host=host, port=port, readable=readable, writable=writable, **common
         )
         _check_server(service, common["arguments"])
         return service

@@ -31,7 +31,7 @@ from fleet.deploy.server import answers
 from fleet.deploy.superlink import STATUS_PATH
 from fleet.deploy.supervisor import Backoff, Child, Ending, Supervisor
 from fleet.deploy.trust import REFUSES, read_trusted
-from fleet.device_files import image_folder
+from fleet.device_files import dead_links, image_folder, told_of_links
 from fleet.errors import ConfigError
 from fleet.node_settings import check_node_settings
 
@@ -112,7 +112,10 @@ def run_client(options: ClientOptions, until: Callable[[Callable[[], None]], Non
         ConfigError: as `ClientOptions.check`, or if another client runs here.
     """
     options.check()
-    _tell_if_empty(Path(str(options.node["data"])))
+    data = Path(str(options.node["data"]))
+    _tell_if_empty(data)
+    if told := told_of_links(data, dead_links(data)):
+        _log.warning("%s: %s", *told)
     with alone_in(options.state, "fleet client"):
         watchdog = Watchdog(options)
         environment = flower_environment(

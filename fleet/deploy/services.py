@@ -106,6 +106,7 @@ def server_service(
     user: str,
     host: str | None = None,
     port: int | None = None,
+    readable: Sequence[Path] = (),
     writable: Sequence[Path] = (),
     memory_max: str = "infinity",
     devices: bool = False,
@@ -121,6 +122,7 @@ def server_service(
         state: where it writes; else a folder of the unit's name in /var/lib.
         user: whom it runs as.
         host, port: where it listens; `fleet server` has its own defaults.
+        readable: data and weights of runs.
         writable: folders that runs are written to.
         memory_max: the most memory that it may take with all its processes.
         devices: whether it sees a GPU.
@@ -141,6 +143,7 @@ def server_service(
         user=user,
         state=state,
         program=program_folders(),
+        readable=[path.resolve() for path in readable],
         writable=[folder, *(path.resolve() for path in writable)],
         memory_max=memory_max,
         devices=devices,

@@ -6,6 +6,7 @@ It says neither which device refuses nor why, and an app that was kept from befo
 with the signatures that it had then: both are mended here.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -90,8 +91,11 @@ def refuse_by_name(loop: ModuleType, apps: "Apps | None") -> None:
             if kept is not None and not verify_any(kept.fab, trusted):
                 apps.forget(fab_hash)
             fab = get_fab(fab_hash, run_id)
-            if trusted and not verify_any(fab, trusted):
-                reason = _reason(trusted_entities, fab.verifications)
+            digest = hashlib.sha256(fab.content).hexdigest()
+            if trusted and verify_any(fab, trusted):
+                _log.info("the app of run %d, SHA-256 %s, has a trusted signature", run_id, digest)
+            elif trusted:
+                reason = f"{_reason(trusted_entities, fab.verifications)}; its SHA-256 is {digest}"
                 _log.error("this device %s", reason)
                 loop.FAB_VERIFICATION_ERROR = Error(code, f"client {node_config['name']} {reason}")
             return fab

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fleet.device_files import hidden
 from fleet.errors import ConfigError
 
 WATCHDOG_SECONDS = 180  # the supervisor says every few seconds that it is alive
@@ -17,8 +18,6 @@ RESTART_STEPS_SINCE = 254  # the first systemd that waits longer from restart to
 
 STATE_ROOT = Path("/var/lib")
 
-# `ProtectHome=tmpfs` and `PrivateTmp=yes` hide what lies here, unless it is bound in.
-_HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 _MARK = "# Written by fleet service install; SHA-256 of what follows: "
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,30}")
@@ -170,11 +169,6 @@ def quoted(argument: str) -> str:
         escaped = escaped.replace(sign, name)
     escaped = _literal(escaped).replace("$", "$$")
     return escaped if re.fullmatch(r"[\w./:=,@+%$-]+", escaped) else f'"{escaped}"'
-
-
-def hidden(path: Path) -> bool:
-    """Whether the sandbox hides a path unless it is bound in."""
-    return any(path.is_relative_to(place) for place in _HIDDEN)
 
 
 def made_by_systemd(state: Path) -> bool:

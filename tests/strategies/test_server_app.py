@@ -14,15 +14,18 @@ from safetensors.torch import load_file, save_file
 from clients.client_app import app as client_app
 from clients.local_update import train_task
 from fleet.backbones import load_backbone
-from fleet.config import default_settings
+from fleet.config import default_settings, read_config
 from fleet.data import load_data
 from fleet.errors import CANNOT_BEGIN, ConfigError, PlanError
 from fleet.evaluation import evaluate
 from fleet.plan import make_plan
 from fleet.records import RunRecord
+from fleet.remarks import Remarks
 from simulations.local_engine import run_local
 from strategies.fleet_strategy import FleetStrategy
+from strategies.prompt_grid import PromptGrid
 from strategies.server_app import app as server_app
+from strategies.server_app import run
 from strategies.server_opt import server_optimizer
 
 SMALL = {
@@ -338,3 +341,18 @@ def test_codecs_on_both_links_save_bytes_and_clients_clean_up(launch):
     assert summary["full_states"] == 0
     rounds = list(lossy.rounds())
     assert rounds[-1].loss < rounds[0].loss
+
+
+@pytest.mark.parametrize("key", ["data", "weights"])
+def test_a_path_that_a_server_with_devices_does_not_see_is_named_with_the_way_out(tmp_path, key):
+    """What fleet run saw may be hidden from a service; nobody is asked for anything."""
+    grid = PromptGrid.__new__(PromptGrid)
+    gone = str(tmp_path / "gone.pth")
+    config = read_config(default_settings() | {"run-dir": str(tmp_path / "run"), key: gone})
+    text = (
+        f"the run cannot begin: {key} {gone} is not there for the server's process. A service sees "
+        f"nothing of homes and /tmp but what it was installed with: fleet service install server "
+        f"--readable {gone}, then restart it"
+    )
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        run(grid, config, Remarks(None))

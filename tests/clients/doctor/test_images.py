@@ -102,3 +102,20 @@ def test_where_pytorch_crashes_files_are_listed(folder, monkeypatch, tmp_path_fa
     assert found.state == "unknown"
     assert found.fact.startswith(f"15 files in {folder}: cat 6, dog 9; the client's own reader")
     assert found.remedy.startswith("see the line about PyTorch")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_links_behind_which_a_service_sees_nothing_are_counted_and_the_first_is_named(
+    folder, tmp_path_factory, readable
+):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "far.png"  # below /tmp
+    Image.new("RGB", (8, 8)).save(elsewhere)
+    (folder / "dog" / "far.png").symlink_to(elsewhere)
+    (folder / "dog" / "gone.png").symlink_to("nowhere.png")
+    found = images_finding(str(folder), readable=readable)
+    assert found.state == "warning"
+    assert found.fact.endswith(
+        f"; 2 links in {folder} lead to nothing, or to what a service does not see, and what lies "
+        f"there takes no part; the first is {folder / 'dog' / 'far.png'}, to {elsewhere}"
+    )
+    assert found.remedy.endswith(f"copy the images into {folder}")

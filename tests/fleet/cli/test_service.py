@@ -176,3 +176,24 @@ def test_files_that_arguments_name_are_seen_by_the_service(service, tmp_path, mo
     text = service("client", "--", "--set", f"weights={tmp_path / 'own.pth'}").output
     seen = [line for line in text.splitlines() if line.startswith("BindReadOnlyPaths")]
     assert any(str(tmp_path / "own.pth") in line for line in seen)
+
+
+def test_links_that_the_service_would_lose_are_a_warning(service, tmp_path):
+    (tmp_path / "images" / "dog").symlink_to(tmp_path / "dogs")
+    (tmp_path / "dogs").mkdir()
+    result = service("client")
+    assert result.exit_code == 0
+    assert (
+        f"Warning: 1 link in {tmp_path / 'images'} leads to nothing, or to what a service does not "
+        f"see, and what lies there takes no part; the first is {tmp_path / 'images' / 'dog'}, to "
+        f"{tmp_path / 'dogs'}: copy the images into {tmp_path / 'images'}\n" in result.stderr
+    )
+
+
+def test_a_server_sees_the_data_of_its_runs(service, tmp_path):
+    (tmp_path / "data").mkdir()
+    text = service("server", "--readable", tmp_path / "data").output
+    assert f'BindReadOnlyPaths="-{tmp_path / "data"}"\n' in text
+    missing = service("server", "--readable", tmp_path / "none")
+    assert missing.exit_code == 1
+    assert f"{tmp_path / 'none'} is not there; the service could not start" in missing.output

@@ -256,6 +256,18 @@ def test_class_folders_may_be_links(options, monkeypatch, caplog, tmp_path):
     assert "there are no images" not in caplog.text
 
 
+def test_links_to_what_is_not_there_are_told(options, monkeypatch, caplog, tmp_path):
+    data = Path(options.node["data"])
+    (data / "cat").mkdir()
+    (data / "cat" / "a.jpg").touch()
+    (data / "dog").symlink_to(tmp_path / "dogs")
+    monkeypatch.setattr(module.Supervisor, "run", lambda self, beat: None)
+    module.run_client(options, lambda stop: None)
+    (warning,) = (e.getMessage() for e in caplog.records if e.levelname == "WARNING")
+    assert warning.startswith(f"1 link in {data} leads to nothing, or to what a service does not")
+    assert warning.endswith(f"{data / 'dog'}, to {tmp_path / 'dogs'}: copy the images into {data}")
+
+
 def test_a_second_client_in_the_same_state_is_refused(options):
     with (
         alone_in(options.state, "fleet client"),

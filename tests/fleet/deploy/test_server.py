@@ -1,4 +1,5 @@
 import ast
+import hashlib
 import importlib.util
 import json
 import re
@@ -434,6 +435,11 @@ def test_a_wish_holds_the_apps_signature_and_not_the_key(folder, tmp_path):
     wishes = Wishes(folder.runs_path)
     signatures = wishes.read("one").signatures
     assert verified(wishes.app("one"), signatures, {fingerprint(key): public(key)})
+    app = folder.runs_path / "one.fab"
+    assert result.stderr == (
+        f"signing the app one.fab: {app.stat().st_size} bytes, SHA-256 "
+        f"{hashlib.sha256(app.read_bytes()).hexdigest()}, with key {fingerprint(key)}\n"
+    )
     assert not [p for p in folder.path.rglob("*") if p.is_file() and b"OPENSSH" in p.read_bytes()]
 
 

@@ -127,10 +127,11 @@ def test_a_file_that_was_emptied_since_trusts_nobody(signatures):
 )
 def test_any_other_is_refused_by_name_with_the_reason_and_the_log_says_so(sent, signers, caplog):
     reason = Device({"ops": public(OPS), "boss": public(OPS)}).refusal(sent)
+    digest = hashlib.sha256(sent.content).hexdigest()
     assert reason == (
         f"client pi-02 runs only apps that are signed by ops or boss, and this one is signed by "
         f"{signers}; start the run with: fleet run --sign KEY, or add the signer's public key to "
-        f"the device's --trusted-entities"
+        f"the device's --trusted-entities; its SHA-256 is {digest}"
     )
     assert reason.replace("client pi-02", "this device") in caplog.text
 

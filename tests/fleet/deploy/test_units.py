@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fleet.deploy.services import systemd_version
-from fleet.deploy.units import Service, check_path, hidden, is_as_written, quoted, unit_text
+from fleet.deploy.units import Service, check_path, is_as_written, quoted, unit_text
+from fleet.device_files import hidden
 from fleet.errors import ConfigError
 
 SYSTEMD = systemd_version()
