@@ -32,13 +32,15 @@ class Life:
 
     Attributes:
         signer: the fingerprint of the one key that signed the second.
-        unsigned: what the follower of the first printed.
+        unsigned: what the follower of the first printed, long before its round-timeout was over.
+        listed: what fleet run --list said of it then.
         devices: what each device's client had printed by the end of the first run, and the second.
         rounds: of the second, from round 1 on.
     """
 
     signer: str
     unsigned: str
+    listed: str
     devices: tuple[dict[str, str], dict[str, str]]
     rounds: list[RoundReport]
 
@@ -56,7 +58,8 @@ def life() -> Iterator[Life]:
 def test_a_run_that_is_not_signed_is_refused_by_every_device(life):
     for device, trusted in TRUSTS.items():
         refusal = f"runs only apps that are signed by {trusted}, and this one is signed by nobody"
-        assert f"refused: client {device} {refusal}; start the run with: fleet run" in life.unsigned
+        shown = f"refused: client {device} {refusal}; start the run with: fleet run"
+        assert f"the run: {shown}" in life.unsigned and shown in life.listed
         assert f"this device {refusal}; start" in life.devices[0][device]
 
 
@@ -102,12 +105,16 @@ def live(processes: Processes) -> Life:
     def logs() -> dict[str, str]:
         return {device: processes.log(device) for device in TRUSTS}
 
-    start("unsigned", timeout=20)
+    start("unsigned", timeout=2 * RUN_SECONDS)
     processes.wait(
         "both devices refuse",
         lambda: processes.log("unsigned").count("refused: client pi-") >= len(TRUSTS),
         RUN_SECONDS,
     )
+    processes.fleet(
+        *("list", "run", "--dir", provisioner.server.path, "--list", "--format", "json")
+    )
+    processes.finish("list", RUN_SECONDS)
     unsigned, devices = processes.log("unsigned"), logs()
     processes.fleet("stop", "run", "--dir", provisioner.server.path, "--stop", "unsigned")
     processes.wait("its end", lambda: processes.exit_code("unsigned") is not None, RUN_SECONDS)
@@ -115,4 +122,5 @@ def live(processes: Processes) -> Life:
     processes.finish("signed", RUN_SECONDS)
     record = RunRecord(provisioner.server.runs_path / "signed")
     rounds = list(record.rounds())[1:]
-    return Life(fingerprint(keys["ops"]), unsigned, (devices, logs()), rounds)
+    listed = processes.log("list")
+    return Life(fingerprint(keys["ops"]), unsigned, listed, (devices, logs()), rounds)

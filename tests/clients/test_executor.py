@@ -234,4 +234,5 @@ def test_a_library_that_is_missing_leaves_the_others_warm(tmp_path, monkeypatch,
 
 
 def test_flower_still_chooses_its_executor_where_ours_is_put_in_its_place():
-    assert "executor = get_executor(" in inspect.getsource(run_superexec.run_superexec)
+    loop = inspect.getsource(run_superexec.run_superexec)
+    assert "executor = get_executor(" in loop and "executor.reconcile()" in loop
