@@ -39,7 +39,7 @@ def _from_numpy(cls: type[Array], ndarray: np.ndarray) -> Array:
     if not plain or ndarray.dtype.hasobject:
         return _flowers_from_numpy(cls, ndarray)
     data = b"".join((_header(ndarray.dtype, ndarray.shape), ndarray.tobytes()))
-    return Array(dtype=str(ndarray.dtype), shape=ndarray.shape, stype=SType.NUMPY, data=data)
+    return Array(dtype=_name(ndarray.dtype), shape=ndarray.shape, stype=SType.NUMPY, data=data)
 
 
 def _numpy(array: Array) -> np.ndarray:
@@ -52,6 +52,9 @@ def _numpy(array: Array) -> np.ndarray:
             if len(data) == start + math.prod(shape) * dtype.itemsize:
                 return np.frombuffer(data, dtype, offset=start).reshape(shape).copy()
     return _flowers_numpy(array)
+
+
+_name = lru_cache(maxsize=64)(str)  # of a dtype, which NumPy puts together anew each time
 
 
 @lru_cache(maxsize=4096)
