@@ -57,7 +57,7 @@ def _numpy(array: Array) -> np.ndarray:
 _name = lru_cache(maxsize=64)(str)  # of a dtype, which NumPy puts together anew each time
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)  # packed updates differ in length
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """What NumPy puts before the numbers of such an array, if they lie in order."""
     file = io.BytesIO()
@@ -66,7 +66,7 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)  # packed updates differ in length
 def _layout(header: bytes) -> tuple[np.dtype, tuple[int, ...]] | None:
     """Dtype and shape of an array that lies in order and holds numbers; None: leave it to NumPy."""
     file = io.BytesIO(header)

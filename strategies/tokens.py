@@ -1,33 +1,35 @@
 """Round tokens: proof that a reply answers the message that it claims to answer."""
 
+import hmac
 import secrets
-from collections import OrderedDict
+from itertools import count
 
 from fleet.errors import UpdateError
 
-_BYTES = 16
-_REMEMBERED = 10_000  # spent tokens that are still told from invented ones
+_KEY_BYTES = 32
+_DIGITS = 32  # hexadecimal, of a token's code: 128 bits
+_LONGEST = 100  # characters; a longer one is not ours, and would take long to look into
 
 
 class Tokens:
-    """Random tokens, a new one for every client and message.
+    """Tokens that only this object can make, a new one for every client and message.
 
     A client can write any sender into a reply; a token it has only for the
     messages that it was sent. Each is good for one reply.
+
+    A token is its round, its number, and a code over both and the client (HMAC-SHA-256):
+    whose it is and from when can be told for ever, and nothing is remembered for it.
     """
 
     def __init__(self) -> None:
-        self._open: dict[str, str] = {}  # client → token of the message under way
-        self._issued: OrderedDict[str, tuple[str, int]] = OrderedDict()  # token → client, round
+        self._key = secrets.token_bytes(_KEY_BYTES)
+        self._numbers = count(1)
+        self._open: dict[str, str] = {}  # client → token of the message under way; "": none is
 
     def issue(self, client: str, server_round: int) -> str:
         """A token for a message to a client; the one before it is void."""
-        token = secrets.token_hex(_BYTES)
-        self._open[client] = token
-        self._issued[token] = (client, server_round)
-        while len(self._issued) > _REMEMBERED:
-            self._issued.popitem(last=False)
-        return token
+        self._open[client] = self._token(client, str(server_round), str(next(self._numbers)))
+        return self._open[client]
 
     def spend(self, client: str, token: str) -> None:
         """Take the token of a client's reply.
@@ -37,20 +39,42 @@ class Tokens:
                 and from when it is instead.
         """
         expected = self._open.get(client)
-        if expected is not None and secrets.compare_digest(
-            token.encode(errors="replace"), expected.encode()
-        ):
-            del self._open[client]
+        if expected and _equal(token, expected):
+            self._open[client] = ""
             return
-        if token not in self._issued:
-            what = "an unknown token" if token else "no token"
+        server_round, owner = self._source(client, token)
+        if owner == client:
             raise UpdateError(
-                f"reply of {client} carries {what}; run the same version on server and client"
+                f"reply of {client} carries its token of round {server_round}, which is spent or "
+                f"over; it is a replay, or late"
             )
-        owner, server_round = self._issued[token]
-        if owner != client:
+        if owner is not None:
             raise UpdateError(f"reply of {client} carries the token of {owner}; it is forged")
+        what = "an unknown token" if token else "no token"
         raise UpdateError(
-            f"reply of {client} carries its token of round {server_round}, which is spent or over; "
-            f"it is a replay, or late"
+            f"reply of {client} carries {what}; run the same version on server and client"
         )
+
+    def _source(self, client: str, token: str) -> tuple[str, str | None]:
+        """Round and client that a token was made for; None: it was not made here.
+
+        Args:
+            client: who is asked about first.
+        """
+        server_round, _, rest = token.partition("-")
+        number = rest.partition("-")[0]
+        owners = (client, *self._open) if len(token) <= _LONGEST else ()
+        for owner in owners:
+            if _equal(token, self._token(owner, server_round, number)):
+                return server_round, owner
+        return server_round, None
+
+    def _token(self, client: str, server_round: str, number: str) -> str:
+        # No round and no number holds the character between them; a client's name comes last.
+        facts = f"{server_round}-{number}-{client}".encode(errors="surrogatepass")
+        code = hmac.new(self._key, facts, "sha256").hexdigest()[:_DIGITS]
+        return f"{server_round}-{number}-{code}"
+
+
+def _equal(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode(errors="replace"), other.encode())

@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 import re
 
 import numpy as np
@@ -214,7 +215,13 @@ def test_a_token_of_an_earlier_round_is_void(guarded):
 
 
 @pytest.mark.parametrize(
-    ("token", "text"), [("", "carries no token"), ("ab" * 16, "carries an unknown token")]
+    ("token", "text"),
+    [
+        ("", "carries no token"),
+        ("ab" * 16, "carries an unknown token"),
+        ("1-1-" + "ab" * 16, "carries an unknown token"),
+        ("1-" + "9" * 10_000, "carries an unknown token"),
+    ],
 )
 def test_a_reply_without_its_token_is_refused(guarded, token, text):
     tokens, answer = guarded
@@ -223,13 +230,34 @@ def test_a_reply_without_its_token_is_refused(guarded, token, text):
         answer("pi-1", token)
 
 
-def test_tokens_are_not_to_be_guessed_and_their_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("strategies.tokens._REMEMBERED", 10)
-    tokens = Tokens()
-    issued = {tokens.issue(f"pi-{i}", 1) for i in range(50)}
-    assert len(issued) == 50
-    assert all(len(token) == 32 for token in issued)
-    assert len(tokens._issued) == 10
+def test_tokens_are_not_to_be_guessed():
+    tokens, others = Tokens(), Tokens()
+    issued = [tokens.issue(f"pi-{i}", 1) for i in range(50)]
+    codes = {token.rpartition("-")[2] for token in issued}
+    assert len(codes) == 50
+    assert all(len(code) == 32 for code in codes)
+    assert not codes & {others.issue(f"pi-{i}", 1).rpartition("-")[2] for i in range(50)}
+
+
+def test_nothing_is_remembered_of_a_token_and_it_is_known_for_ever(guarded):
+    tokens, answer = guarded
+    first = tokens.issue("pi-1", 1)
+    answer("pi-1", first)
+    held = len(pickle.dumps(vars(tokens)))
+    for server_round in range(2, 20_000):
+        tokens.spend("pi-1", tokens.issue("pi-1", server_round))
+    assert abs(len(pickle.dumps(vars(tokens))) - held) < 10
+    with pytest.raises(UpdateError, match="its token of round 1, which is spent or over"):
+        answer("pi-1", first)
+
+
+@pytest.mark.parametrize("change", [lambda t: f"2{t[1:]}", lambda t: f"{t}0", lambda t: t[:-1]])
+def test_a_token_is_of_its_own_round_alone(guarded, change):
+    tokens, answer = guarded
+    token = tokens.issue("pi-1", 1)
+    with pytest.raises(UpdateError, match="carries an unknown token"):
+        answer("pi-1", change(token))
+    answer("pi-1", token)
 
 
 @pytest.mark.parametrize("count", [0, -9, 2.5, 12.0, MAX_EXAMPLES + 1, 2**62])
