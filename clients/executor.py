@@ -31,7 +31,7 @@ from flwr.common.constant import SubStatus
 from flwr.common.logger import log
 from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 from flwr.supercore.cli.flower_superexec import flower_superexec
-from flwr.supercore.constant import TASK_TYPE_TO_APPIO_API_ADDRESS_ARG, TaskType
+from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -42,12 +42,17 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
+from fleet.deploy.app_process import (
+    CLIENT_APP,
+    forget_ours,
+    install_apps_whole,
+    start_here,
+    task_arguments,
+)
 from fleet.heap import trim
 
 # What a ClientApp imports, directly or as it trains.
 LIBRARIES = ("clients.client_app", "timm", "torchvision")
-# Flower sends these with the app: a run's own must not be hidden by those installed.
-OURS = ("clients", "fleet", "simulations", "strategies")
 
 # Where memory runs out, training ends, not what would report it.
 _OOM_SCORE = "500"
@@ -57,8 +62,7 @@ _MESSAGE = 64 * 1024  # bytes; one request's arguments
 class WarmExecutor(SubprocessExecutor):
     """Starts ClientApps as forks of a process that has imported what they need.
 
-    Anything else, and everything once that process is gone, starts as Flower's own
-    executor starts it.
+    Anything else, and everything once that process is gone, starts by itself.
 
     Args:
         template: where requests for a fork go, `fork_template`.
@@ -72,7 +76,7 @@ class WarmExecutor(SubprocessExecutor):
         """Start the process of a task."""
         if spec.task_type == TaskType.CLIENT_APP and self._template is not None:
             try:
-                request = {"token": spec.token, "arguments": _arguments(spec)}
+                request = {"token": spec.token, "arguments": task_arguments(spec)}
                 self._template.sendall(json.dumps(request).encode())
                 self._under_way[spec.token] = spec
                 return LaunchResult.accepted()
@@ -157,6 +161,8 @@ def fork_template() -> socket.socket:
 
 def main() -> None:
     """Run the SuperExec."""
+    install_apps_whole(CLIENT_APP)
+    start_here()
     template = fork_template()
     # The one place where Flower chooses an executor.
     run_superexec.get_executor = lambda *args, **kwargs: WarmExecutor(template)
@@ -215,10 +221,7 @@ def _import_libraries() -> None:
                 importlib.import_module(name)
             except ImportError as error:  # the ClientApp will say so to whom it concerns
                 log(WARNING, "%s cannot be imported beforehand: %s", name, error)
-    for name in list(sys.modules):
-        if name.partition(".")[0] in OURS:
-            del sys.modules[name]
-    importlib.invalidate_caches()
+    forget_ours()
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -230,7 +233,7 @@ def _run(arguments: Sequence[str]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(OSError):  # not Linux
             Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-        sys.argv = ["flwr-clientapp", *arguments]
+        sys.argv = [CLIENT_APP, *arguments]
         flwr_clientapp()
         code = 0
     except SystemExit as ended:
@@ -242,25 +245,6 @@ def _run(arguments: Sequence[str]) -> None:
             with suppress(Exception):
                 stream.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def _arguments(spec: ExecutionSpec) -> list[str]:
-    """As Flower's own executor gives them on the command line."""
-    arguments = [
-        TASK_TYPE_TO_APPIO_API_ADDRESS_ARG[spec.task_type],
-        spec.runtime_api_address,
-        "--token",
-        spec.token,
-    ]
-    if spec.insecure:
-        arguments.append("--insecure")
-    elif spec.root_certificates_path is not None:
-        arguments += ["--root-certificates", spec.root_certificates_path]
-    if spec.parent_pid is not None:
-        arguments += ["--parent-pid", str(spec.parent_pid)]
-    if spec.runtime_dependency_install:
-        arguments.append("--allow-runtime-dependency-installation")
-    return arguments
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fleet.errors import ConfigError
 
 PACKAGES = ("fleet", "clients", "strategies")
 # Commands, which a machine runs from its own installation; no run imports them.
-LEFT_OUT = ("fleet/cli", "fleet/deploy", "clients/doctor")
+LEFT_OUT = ("fleet/cli", "fleet/deploy", "clients/doctor", "clients/executor")
 _PROJECT = "pyproject.toml"
 
 
@@ -35,7 +35,7 @@ def app_files(root: Path | None = None) -> dict[str, Path]:
         if not modules:
             raise ConfigError(f"package {package} is missing in {root}; install fleet-mobiletl")
         files |= {module.relative_to(root).as_posix(): module for module in modules}
-    commands = tuple(f"{folder}/" for folder in LEFT_OUT)
+    commands = tuple(f"{name}{end}" for name in LEFT_OUT for end in ("/", ".py"))
     return {path: file for path, file in files.items() if not path.startswith(commands)}
 
 

@@ -7,13 +7,15 @@ Flower's own commands, with `installed_app` in the place of its way to install.
 
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, invalidate_caches
 from typing import Any
 
 from fleet.deploy.flower_process import own_command
 from fleet.deploy.installed_app import install_whole
 
 CLIENT_APP, SERVER_APP = "flwr-clientapp", "flwr-serverapp"
+# Flower sends these with the app: a run's own must not be hidden by those installed.
+OURS = ("clients", "fleet", "simulations", "strategies")
 # Command → the module that installs its app, and the one that its function lies in.
 _MODULES = {
     CLIENT_APP: ("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp"),
@@ -31,6 +33,14 @@ def install_apps_whole(command: str) -> None:
     if not hasattr(runtime, "install_from_fab"):
         raise RuntimeError(f"{runtime.__name__} of this Flower installs no app; install flwr 1.41")
     runtime.install_from_fab = install_whole
+
+
+def forget_ours() -> None:
+    """Let whatever of ours is imported from now on be the app's own."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in OURS:
+            del sys.modules[name]
+    invalidate_caches()
 
 
 def start_here() -> None:
@@ -81,6 +91,7 @@ def main() -> None:
     """Be the command that is named, until it ends."""
     command, *arguments = sys.argv[1:]
     install_apps_whole(command)
+    forget_ours()
     sys.argv = [command, *arguments]
     getattr(import_module(_MODULES[command][1]), command.replace("-", "_"))()
 

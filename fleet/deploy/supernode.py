@@ -42,9 +42,8 @@ def main() -> None:
     keep_little()  # it stays, and each message of a round passes through it
     threading.excepthook = _end_for_thread
     options, arguments = _read_arguments()
-    if not options.cold:
-        _start_warm_superexec(f"{options.host}:{options.port}")
-        arguments += ["--isolation", "process"]
+    superexec = "fleet.deploy.superexec" if options.cold else "clients.executor"
+    _start(superexec, f"{options.host}:{options.port}")
     threading.Thread(target=_watch_superexec, name="superexec-watch", daemon=True).start()
     sys.argv = ["flower-supernode", *arguments]
     from flwr.supernode.cli import flower_supernode
@@ -66,14 +65,15 @@ def _read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", required=True)
     options, others = parser.parse_known_args()
-    return options, [*others, "--host", options.host, "--port", options.port]
+    address = ("--host", options.host, "--port", options.port)
+    return options, [*others, *address, "--isolation", "process"]
 
 
-def _start_warm_superexec(address: str) -> None:
+def _start(superexec: str, address: str) -> None:
     """It ends with this process, as the one that Flower would start."""
     subprocess.Popen(
         own_command(
-            "clients.executor",
+            superexec,
             *("--runtime-api-address", address, "--insecure", "--parent-pid", os.getpid()),
         )
     )

@@ -20,7 +20,8 @@ from flwr.supercore.superexec.executor import ExecutionSpec
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
 from clients import executor
-from clients.executor import OURS, WarmExecutor, fork_template
+from clients.executor import WarmExecutor, fork_template
+from fleet.deploy.app_process import OURS
 
 LIBRARY = "library_to_be_warm"
 SPEC = ExecutionSpec(

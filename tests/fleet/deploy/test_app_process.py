@@ -99,3 +99,16 @@ def test_a_flower_that_installs_elsewhere_is_refused(monkeypatch):
         RuntimeError, match=r"run_serverapp of this Flower installs no app; install flwr 1.41"
     ):
         install_apps_whole(SERVER_APP)
+
+
+def test_the_apps_own_packages_are_not_hidden_by_those_installed(tmp_path):
+    """As its process begins, nothing of ours is imported that the app brings too."""
+    (tmp_path / "fleet").mkdir()
+    (tmp_path / "fleet" / "__init__.py").write_text("mine = True\n")
+    code = (
+        "import sys; from fleet.deploy.app_process import forget_ours, install_apps_whole; "
+        f"install_apps_whole({SERVER_APP!r}); forget_ours(); "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import fleet; print(fleet.mine)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "True"

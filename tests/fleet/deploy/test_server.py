@@ -373,7 +373,7 @@ def test_what_the_app_leaves_out_no_run_imports(tmp_path):
     """What a run imports is in the app: the rest of the project is hidden from it."""
     with zipfile.ZipFile(BytesIO(build_app())) as app:
         app.extractall(tmp_path)
-    left_out = [folder.replace("/", ".") for folder in LEFT_OUT]
+    left_out = [name.replace("/", ".") for name in LEFT_OUT]
     assert all(importlib.util.find_spec(name) for name in left_out)
     for path in tmp_path.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
