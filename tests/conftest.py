@@ -10,6 +10,7 @@ import pytest
 # Files that take longest, most of them because they start processes. With several workers
 # (`make test`), each of which takes a file at a time, no worker is left alone with them.
 LONG_FILES = (
+    "test_killed_mid_round.py",
     "test_fleet_life.py",
     "test_fleet_server.py",
     "test_launch.py",

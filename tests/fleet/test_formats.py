@@ -139,7 +139,9 @@ def test_an_onnx_runtime_runs_the_program(run, images, logits, tmp_path):
 
 
 def test_executorch_runs_the_program(run, images, logits, tmp_path):
-    runtime = pytest.importorskip("executorch.runtime", reason="extra executorch is not installed")
+    runtime = pytest.importorskip(
+        "executorch.runtime", reason="executorch is not installed: pip install '.[executorch]'"
+    )
     to = tmp_path / "model.pte"
     written = export(run, to)
     forward = runtime.Runtime.get().load_program(to).load_method("forward")
