@@ -291,8 +291,8 @@ supernode._WATCH_SECONDS = 0.05
 supernode._GRACE_SECONDS = 20.0
 sys.argv = ["supernode", "--cold", "--host", "127.0.0.1", "--port", "9"]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Flower does
-supernode.improve = lambda **_: None
-supernode._start = lambda *_: None
+supernode.improve = lambda give_up: None
+supernode._start = lambda superexec, address: None
 fake = types.ModuleType("flwr.supernode.cli")
 def flower_supernode():
 {code}
