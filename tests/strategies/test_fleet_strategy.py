@@ -701,6 +701,19 @@ def test_a_round_in_which_no_tensor_met_the_quorum_has_not_stepped(run, updates)
     assert strategy.reports[1].clients and not strategy.reports[1].stepped
 
 
+def test_an_error_that_comes_too_late_is_in_the_log_by_name_and_printable(run, updates, caplog):
+    def dies(message):
+        return Message(Error(8, "its process died\x1b[2J (exit code 1)"), reply_to=message)
+
+    clients = answers(updates())
+    run({name: dies for name in clients} | {"pi-0": clients["pi-0"]}, rounds=6, goal=1)
+    told = {r.getMessage() for r in caplog.records if "too late" in r.getMessage()}
+    assert told
+    assert told <= {
+        f"pi-{i} answered too late: its process died[2J (exit code 1)" for i in (1, 2, 3)
+    }
+
+
 def test_bytes_of_late_replies_count(run, updates):
     strategy, _, received = run(answers(updates()), rounds=3, goal=2)
     late = strategy.reports[2]

@@ -3,10 +3,12 @@
 import json
 import re
 import tomllib
+from logging import INFO
 
 import numpy as np
 import pytest
 import torch
+from flwr.common.logger import log
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,12 +22,12 @@ from fleet.errors import CANNOT_BEGIN, ConfigError, PlanError
 from fleet.evaluation import evaluate
 from fleet.plan import make_plan
 from fleet.records import RunRecord
-from fleet.remarks import Remarks
+from fleet.remarks import Remarks, read_remarks
 from simulations.local_engine import run_local
 from strategies.fleet_strategy import FleetStrategy
 from strategies.prompt_grid import PromptGrid
+from strategies.server_app import _followed, run
 from strategies.server_app import app as server_app
-from strategies.server_app import run
 from strategies.server_opt import server_optimizer
 
 SMALL = {
@@ -356,3 +358,18 @@ def test_a_path_that_a_server_with_devices_does_not_see_is_named_with_the_way_ou
     )
     with pytest.raises(ConfigError, match=re.escape(text)):
         run(grid, config, Remarks(None))
+
+
+def test_a_run_with_devices_has_log_and_remarks_in_its_folder_and_a_simulation_has_neither(
+    tmp_path, caplog
+):
+    config = read_config(default_settings() | {"run-dir": str(tmp_path / "run")})
+    with _followed(object(), config) as remarks:
+        remarks.say("devices", ["waiting"])
+    assert not (tmp_path / "run").exists()
+    with _followed(PromptGrid.__new__(PromptGrid), config) as remarks:
+        remarks.say("devices", ["waiting"])
+        assert read_remarks(tmp_path / "run") == ("waiting",)
+        log(INFO, "records go to %s", tmp_path)
+    assert read_remarks(tmp_path / "run") == ()
+    assert f"records go to {tmp_path}" in (tmp_path / "run" / "server.log").read_text()
