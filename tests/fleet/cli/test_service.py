@@ -13,7 +13,7 @@ from fleet.deploy.provisioning import Provisioner
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """Without what this machine has of systemd's."""
-    monkeypatch.setattr(services, "program", lambda: "/opt/fleet/bin/fleet")
+    monkeypatch.setattr(services, "program", lambda: "/srv/fleet/bin/fleet")
     monkeypatch.setattr(services, "clock_units", lambda: [])
     monkeypatch.setattr(services, "systemd_version", lambda: 254)
 
