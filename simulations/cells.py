@@ -6,7 +6,6 @@ runs/KEY.corrupt-N/    one that was not what its cell.json says, set aside
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -21,12 +20,13 @@ from fleet.config import Value
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, to_json
-from simulations.deciding import code_version
+from simulations.deciding import code_version, deciding_files, own_version
 from simulations.recipe import Variant
 
 # Where something lies and how much room it has: results do not depend on it.
 _NEUTRAL = ("cache-dir", "cache-mib")
 _CHECKED = ("config.toml", "rounds.jsonl", "summary.json")
+_MODEL = "model.safetensors"  # checked too where it was kept; whoever needs room may remove it
 _CELL = "cell.json"
 
 
@@ -44,10 +44,37 @@ class Cell:
     seed: int
     key: str
 
-    @classmethod
-    def of(cls, variant: Variant, seed: int) -> "Cell":
-        """The cell with its key, by the code as it is now."""
-        return cls(variant, seed, key_of(variant, seed))
+
+class Keys:
+    """Keys of cells, by code and files as they are when it is made or asked first."""
+
+    def __init__(self) -> None:
+        self._files = frozenset(deciding_files())
+        self._code = code_version(sorted(self._files))
+        self._state_of = cache(_state_of)
+        self._own_code = cache(self._read_own_code)
+
+    def cell(self, variant: Variant, seed: int) -> Cell:
+        """The cell with its key."""
+        return Cell(variant, seed, self.of(variant, seed))
+
+    def of(self, variant: Variant, seed: int) -> str:
+        """16 hex digits over configuration, data on the disk, code and libraries."""
+        settings = {k: v for k, v in variant.settings.items() if k not in _NEUTRAL}
+        facts = {
+            "settings": settings | {"seed": seed},
+            "engine": variant.engine,
+            "adversity": dict(variant.adversity),
+            "files": {key: self._state_of(settings[key]) for key in ("data", "weights")},
+            "own": {key: self._own_code(settings[key]) for key in ("strategy", "rule")},
+            "code": self._code,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _read_own_code(self, name: Value) -> str:
+        """Of `package.module:name` its module and what that imports; empty for a built-in name."""
+        module, colon, _ = str(name).partition(":")
+        return own_version(module, self._files) if colon else ""
 
 
 class CellFolders:
@@ -74,7 +101,7 @@ class CellFolders:
             digests, measured = facts["sha256"], facts["measured"]
             if facts["key"] != cell.key:
                 raise ConfigError(f"it is of the key {facts['key']}, not of {cell.key}")
-            for name in _CHECKED:
+            for name in _checked(path):
                 if _digest(path / name) != digests[name]:
                     raise ConfigError(f"{name} is not as it was written")
             float(measured["device_flops"])
@@ -110,7 +137,7 @@ class CellFolders:
         config.write_text(config.read_text().replace(part.name, place.name))
         facts = {
             "key": key,
-            "sha256": {name: _digest(part / name) for name in _CHECKED},
+            "sha256": {name: _digest(part / name) for name in _checked(part)},
             "measured": dict(measured),
         }
         with (part / _CELL).open("w") as file:
@@ -127,25 +154,15 @@ class CellFolders:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def key_of(variant: Variant, seed: int) -> str:
-    """16 hex digits over configuration, data on the disk, code and libraries."""
-    settings = {k: v for k, v in variant.settings.items() if k not in _NEUTRAL} | {"seed": seed}
-    facts = {
-        "settings": settings,
-        "engine": variant.engine,
-        "adversity": dict(variant.adversity),
-        "files": {key: _state_of(settings[key]) for key in ("data", "weights")},
-        "own": {key: _own_code(settings[key]) for key in ("strategy", "rule")},
-        "code": code_version(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def _checked(run: Path) -> tuple[str, ...]:
+    """Files that are to be as they were written."""
+    return (*_CHECKED, _MODEL) if (run / _MODEL).exists() else _CHECKED
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@cache
 def _state_of(name: str) -> str:
     """Of a path on the disk its files' names, sizes and times; a built-in name has none."""
     path = Path(name).expanduser()
@@ -156,13 +173,3 @@ def _state_of(name: str) -> str:
         state = file.stat()
         digest.update(f"{file}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
     return digest.hexdigest()
-
-
-def _own_code(name: Value) -> str:
-    """Of `package.module:name` the module's source; empty for what is the project's own."""
-    module, colon, _ = str(name).partition(":")
-    try:
-        found = importlib.util.find_spec(module) if colon else None
-        return _digest(Path(found.origin)) if found and found.origin else ""
-    except (ImportError, ValueError, OSError):  # no module: a rule with a number
-        return ""

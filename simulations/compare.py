@@ -10,7 +10,7 @@ from fleet.config import default_settings, read_config, read_toml
 from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
 from simulations.cell_pool import OnRound, run_cells
-from simulations.cells import Cell, CellFolders
+from simulations.cells import Cell, CellFolders, Keys
 from simulations.checks import check_settings
 from simulations.comparison import COLUMNS, ComparedRow, Comparison
 from simulations.recipe import Recipe, Variant, recipe_of
@@ -66,12 +66,13 @@ def compare(
     with _alone_in(folder):
         folders = CellFolders(folder / RUNS)
         folders.clear()
+        keys = Keys()
         rows = [ComparedRow(variant) for variant in variants]
         bare = 0  # runs that are there without a model that is wanted
         waiting: dict[str, list[tuple[ComparedRow, Cell]]] = {}  # rows may share a run
         for row in rows:
             for seed in asked.seeds:
-                cell = Cell.of(row.variant, seed)
+                cell = keys.cell(row.variant, seed)
                 measured = _measured(folders, cell, on_note)
                 if measured and keep_models and not folders.has_model(cell):
                     bare, measured = bare + 1, None

@@ -1,19 +1,25 @@
-"""Which of the project's modules decide what a run comes to, and their version.
+"""Which modules decide what a run comes to, the project's and the user's own, and their version.
 
 They are found by following imports, those inside functions too, from the process that
-runs a cell: a module that it cannot reach cannot change its result.
+runs a cell: a module that it cannot reach cannot change its result. Nothing is imported
+for it, and nothing is remembered: files may change between two looks at them.
 """
 
 import ast
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
-from functools import cache
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterable, Iterator
+from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("clients", "fleet", "simulations", "strategies")
+_INSTALLED = {"site-packages", "dist-packages"}
 # What runs a cell, and the apps that Flower's engine finds by their names.
 _ENTRIES = ("simulations.cell_worker", "clients.client_app", "strategies.server_app")
 # What asks for runs and shows them: all that it decides of one is in the cell's key. It is
@@ -40,11 +46,14 @@ _LIBRARIES = (
 )
 
 
-@cache
-def code_version() -> str:
-    """SHA-256 over the project's source that decides results, and the libraries' versions."""
+def code_version(files: Iterable[Path]) -> str:
+    """SHA-256 over the project's source that decides results, and the libraries' versions.
+
+    Args:
+        files: `deciding_files`.
+    """
     digest = hashlib.sha256()
-    for path in deciding_files():
+    for path in files:
         digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     facts = {name: _version(name) for name in _LIBRARIES}
     facts |= {"python": platform.python_version(), "machine": platform.machine()}
@@ -52,38 +61,121 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-@cache
 def deciding_files() -> tuple[Path, ...]:
     """The project's modules that a run's numbers may depend on, by their paths."""
-    found: set[Path] = set()
-    waiting = [path for name in _ENTRIES for path in _files_of(name)]
+    return tuple(sorted(_reached(_ENTRIES, _project_files, _shows)))
+
+
+def own_version(module: str, counted: Collection[Path] = ()) -> str:
+    """SHA-256 over a module of the user's own and what it imports of theirs; empty: there is none.
+
+    Of what is installed the module itself counts, not what it imports. What a program
+    imports by names that it makes as it runs is not found.
+
+    Args:
+        module: as `package.module`.
+        counted: files that are accounted for already, the project's.
+    """
+    files = _reached([module], _own_files, lambda path: path in counted)
+    digest = hashlib.sha256()
+    for name, path in sorted((name, path) for path, name in files.items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest() if files else ""
+
+
+def _reached(
+    entries: Iterable[str],
+    files_of: Callable[[str], Iterable[tuple[str, Path]]],
+    is_left_out: Callable[[Path], bool],
+) -> dict[Path, str]:
+    """Files of modules and of all that they import, each with its module's name."""
+    found: dict[Path, str] = {}
+    waiting = [each for name in entries for each in files_of(name)]
+    imported: set[str] = set()
     while waiting:
-        path = waiting.pop()
-        if path in found or path.relative_to(_ROOT).as_posix().startswith(SHOWS):
+        name, path = waiting.pop()
+        if path in found or is_left_out(path):
             continue
-        found.add(path)
-        waiting += [file for name in _imported(path) for file in _files_of(name)]
-    return tuple(sorted(found))
+        found[path] = name
+        if path.suffix == ".py" and not _is_installed(path):
+            names = {*_imported(name, path)} - imported
+            imported |= names
+            waiting += [
+                (module, file)
+                for each in names
+                for module, file in files_of(each)
+                if not _is_installed(file)
+            ]
+    return found
 
 
-def _imported(path: Path) -> Iterator[str]:
+def _imported(name: str, path: Path) -> Iterator[str]:
     """Names of what a module imports, wherever in it; of `from a import b` both a and a.b."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # who imports it is told
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # One dot is the package that the module lies in, or is.
+            parts = name.split(".") + (["__init__"] if path.stem == "__init__" else [])
+            package = parts[: len(parts) - node.level] if node.level else []
+            whole = ".".join([*package, *([node.module] if node.module else [])])
+            yield whole
+            yield from (f"{whole}.{alias.name}" for alias in node.names)
 
 
-def _files_of(name: str) -> Iterator[Path]:
+def _project_files(name: str) -> Iterator[tuple[str, Path]]:
     """A module of the project and the packages that it lies in; none of another's."""
-    parts = name.split(".")
-    for length in range(1, len(parts) + 1):
-        place = _ROOT.joinpath(*parts[:length])
-        for path in (place / "__init__.py", place.with_suffix(".py")):
-            if path.is_file():
-                yield path
+    if name.partition(".")[0] in _PACKAGES:
+        yield from _files_below([_ROOT], name.split("."))
+
+
+def _own_files(name: str) -> Iterator[tuple[str, Path]]:
+    """The same of any module, as a new process would find it; nothing is imported for it."""
+    if name.partition(".")[0] in _PACKAGES:
+        yield from _project_files(name)
+        return
+    found = [*_files_below([Path(place or ".") for place in sys.path], name.split("."))]
+    if not found:  # installed in a way of its own, as some editable packages are
+        try:
+            spec = find_spec(name.partition(".")[0])
+        except (ImportError, ValueError):
+            return
+        if spec is not None and spec.has_location:
+            origin = Path(spec.origin)
+            places = [origin.parent.parent if origin.stem == "__init__" else origin.parent]
+            found = [*_files_below(places, name.split("."))]
+    yield from found
+
+
+def _files_below(places: Iterable[Path], parts: list[str]) -> Iterator[tuple[str, Path]]:
+    """Files of a package and of what is named within it, as far as there are any."""
+    for number, part in enumerate(parts, start=1):
+        folders = []
+        for place in places:
+            package = place / part / "__init__.py"
+            modules = [place / f"{part}{suffix}" for suffix in all_suffixes()]
+            if file := next((path for path in (package, *modules) if path.is_file()), None):
+                yield ".".join(parts[:number]), file.absolute()
+                folders = [place / part]
+                break
+            folders += [place / part] if (place / part).is_dir() else []  # of no file of its own
+        places = folders
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether it comes with Python, or with a package that is not this one."""
+    if any(path.is_relative_to(_ROOT / package) for package in _PACKAGES):
+        return False
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    return bool(_INSTALLED & {*path.parts}) or path.is_relative_to(stdlib)
+
+
+def _shows(path: Path) -> bool:
+    return path.relative_to(_ROOT).as_posix().startswith(SHOWS)
 
 
 def _version(library: str) -> str:

@@ -17,7 +17,7 @@ from fleet.cli import main
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import compare
-from simulations.cells import key_of
+from simulations.cells import Keys
 from simulations.compare import load_recipe
 from simulations.comparison import COLUMNS
 from tests.commands import FLEET
@@ -129,6 +129,24 @@ def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
     assert [r.accuracy for r in record.rounds()] == [r.accuracy for r in before]
     _, ran, notes = again(copy, recipe, keep_models=True)
     assert ran == [] and notes == ["1 of 1 runs are there already"]
+    model = record.model_path.read_bytes()
+    record.model_path.write_bytes(model[:-1] + bytes([model[-1] ^ 1]))
+    _, ran, notes = again(copy, recipe)  # whether models are asked for or not
+    place = f"{record.path}.corrupt-1"
+    assert len(ran) == 1 and notes[0] == (
+        "the run of codec=int8, seed 1, is damaged (model.safetensors is not as it was written); "
+        f"it is set aside as {place} and run again"
+    )
+
+
+def test_a_kept_model_that_was_removed_to_make_room_is_no_damage(copy):
+    recipe = RECIPE | {"seeds": [1], "vary": {"codec": ["int8"]}}
+    comparison, _, _ = again(copy, recipe, keep_models=True)
+    comparison.rows[0].runs[1][0].model_path.unlink()
+    _, ran, notes = again(copy, recipe)
+    assert ran == [] and notes == ["1 of 1 runs are there already"]
+    _, ran, _ = again(copy, recipe, keep_models=True)
+    assert len(ran) == 1
 
 
 def test_a_further_seed_runs_alone(copy):
@@ -280,7 +298,7 @@ def test_two_comparisons_in_one_folder_are_refused(tmp_path):
 def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
     def key(seed=0, **settings):
         (variant,) = load_recipe({"settings": SMALL | settings}).variants()
-        return key_of(variant, seed)
+        return Keys().of(variant, seed)
 
     assert key() == key() == key(**{"cache-mib": 7.0})
     others = [key(seed=1), key(rounds=3), key(drop=0.1), key(engine="flower")]
@@ -289,10 +307,45 @@ def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
     others.append(key(rule="mine:rule"))
     (tmp_path / "mine.py").write_text("def rule(updates):\n    return 2\n")
     others.append(key(rule="mine:rule"))
-    monkeypatch.setattr("simulations.cells.code_version", lambda: "other")
+    monkeypatch.setattr("simulations.cells.code_version", lambda files: "other")
     others.append(key())
     assert len({key(), *others}) == len(others)
     assert key() == others[-1]
+
+
+def test_a_rule_whose_helper_is_edited_in_between_is_run_again(tmp_path, monkeypatch):
+    (tmp_path / "edited_rule.py").write_text(
+        "def rule(updates):\n"
+        "    from edited_helper import REASON\n\n"
+        "    raise RuntimeError(REASON)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = {"settings": SMALL | {"rounds": 1, "rule": "edited_rule:rule"}}
+    keys = set()
+    for reason in ("at first", "edited since"):
+        (tmp_path / "edited_helper.py").write_text(f"REASON = {reason!r}\n")
+        comparison, ran, _ = again(tmp_path / "out", recipe)
+        assert len(ran) == 1
+        assert reason in comparison.rows[0].failed[0][0]
+        keys.add(Keys().of(comparison.rows[0].variant, 0))
+    assert len(keys) == 2
+
+
+def test_data_and_code_are_looked_at_anew_by_every_comparison(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    (variant,) = load_recipe({"settings": SMALL | {"data": str(data)}}).variants()
+    before = Keys().of(variant, 0)
+    (data / "new.png").write_bytes(b"new")
+    after = Keys().of(variant, 0)
+    package = tmp_path / "strategies"
+    package.mkdir()
+    (package / "server_app.py").write_text("app = 1\n")
+    monkeypatch.setattr("simulations.deciding._ROOT", tmp_path)
+    keys = [Keys().of(variant, 0)]
+    (package / "server_app.py").write_text("app = 2\n")
+    keys.append(Keys().of(variant, 0))
+    assert len({before, after, *keys}) == 4
 
 
 def test_more_than_ten_thousand_runs_are_asked_about(tmp_path):

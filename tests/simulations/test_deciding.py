@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fleet.config import default_settings
-from simulations.deciding import SHOWS, deciding_files
+from simulations.deciding import SHOWS, deciding_files, own_version
 from tests.runs import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -69,3 +71,46 @@ def test_what_no_cell_reaches_decides_nothing():
         assert list(ROOT.glob(f"{start}*")), start  # renamed or removed, it would count again
     others = ("fleet/deploy/", "fleet/cli/", "clients/doctor/", "simulations/benchmark_", *SHOWS)
     assert not [name for name in deciding if name.startswith(others)]
+
+
+OWN = {  # of which `mine.rules` reaches all but the last
+    "mine/__init__.py": "",
+    "mine/rules.py": "from . import near\nfrom .deep.far import x\nimport scipy\n",
+    "mine/near.py": "def f():\n    import beside\n",
+    "mine/deep/far.py": "from ..other import y\nx = y\n",  # mine/deep has no __init__.py
+    "mine/other.py": "y = 1\n",
+    "beside.py": "raise RuntimeError('imported')\n",
+    "mine/unused.py": "",
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with modules of a user's own."""
+    for name, text in OWN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", list(OWN))
+def test_a_change_in_what_a_module_of_ones_own_imports_is_another_version(own, name):
+    before = own_version("mine.rules")
+    (own / name).write_text(OWN[name] + "# changed\n")
+    assert (own_version("mine.rules") != before) == (name != "mine/unused.py")
+    assert not {"mine", "beside"} & sys.modules.keys()
+
+
+def test_own_modules_in_the_projects_folders_count_and_its_own_do_not_twice(own):
+    mine = own / "uses_project.py"
+    mine.write_text("from strategies.aggregation import combine_by_tensor\n")
+    alone, counted = own_version("uses_project"), own_version("uses_project", deciding_files())
+    assert alone != counted
+    assert own_version("strategies.gate", deciding_files()) == ""
+    assert own_version("strategies.gate") != ""
+
+
+def test_what_is_installed_counts_alone_and_what_is_not_there_not_at_all():
+    assert own_version("flwr.serverapp.strategy") != own_version("flwr.serverapp") != ""
+    assert own_version("trimmed_mean") == own_version("sys") == own_version("nowhere.at_all") == ""
