@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, summarise, to_json
-from fleet.report import Grid, as_markdown, write_comparison
+from fleet.report import Grid, Outcome, as_markdown, write_comparison
 from fleet.report.frame import frame
 from fleet.report.rounds import MIB
 from fleet.report.rows import Row
@@ -249,7 +249,17 @@ class Comparison:
             )
             for row in self.rows
         ]
-        write_comparison(self.folder, self.recipe.title, rows, [table])
+        write_comparison(self.folder, self.recipe.title, rows, [table], self.outcomes())
+
+    def outcomes(self) -> list[Outcome]:
+        """Every row's last accuracy, as the table has it, with the group that it is held in."""
+        outcomes = []
+        for row, values in zip(self.rows, self.values, strict=True):
+            one = estimate([100 * accuracy for accuracy in values["accuracy"].values()])
+            pairs = zip(self.recipe.within, row.variant.group, strict=True)
+            group = ", ".join(f"{setting}={value}" for setting, value in pairs)
+            outcomes.append(Outcome(row.variant.name, group, one.mean, one.half_width))
+        return outcomes
 
     def cells(self) -> list[dict[str, Any]]:
         """The lines of `cells.jsonl`: a run's settings, and results or why it failed."""

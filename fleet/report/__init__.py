@@ -1,5 +1,6 @@
 """Rounds, who took part in them and what they sent: lines, tables, pictures, values, a page."""
 
+from fleet.report.beside import Outcome
 from fleet.report.files import write_files
 from fleet.report.grid import Grid, as_csv, as_html, as_markdown, as_text
 from fleet.report.page import write_comparison, write_page
@@ -14,6 +15,7 @@ from fleet.report.values import run_values
 __all__ = [
     "Grid",
     "Group",
+    "Outcome",
     "Part",
     "Row",
     "accuracy_picture",

@@ -7,7 +7,8 @@ import numpy as np
 
 from fleet.report.grid import Grid
 from fleet.report.history import History, Line, blocks_of
-from fleet.report.style import QUIET, Picture, new_figure, shortened, styled
+from fleet.report.names import labels, lines_in
+from fleet.report.style import QUIET, Picture, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 14  # columns up to which a cell has its figure written in it
 _MOST_CELLS = 1500  # beyond, the cells are a bitmap inside the picture
-_LABEL = 20  # characters of a name
+_LABEL = 20  # characters of a line of a name
 _HOW = (
     "Share of the updates that counted that trained the block; of a block's tensors, the least "
     "trained one counts."
@@ -36,7 +37,7 @@ def coverage_by_round(history: History) -> Picture | None:
         figure = new_figure(1.2 + 0.24 * len(blocks))
         axes = figure.subplots()
         _heat(figure, axes, shares, rounds[0] - 0.5)
-        axes.set_yticks(range(len(blocks)), [shortened(block, _LABEL) for block in blocks])
+        axes.set_yticks(range(len(blocks)), labels(blocks, _LABEL))
         axes.set_xlabel("round")
         _whole_ticks(axes)
     return Picture(
@@ -59,13 +60,13 @@ def coverage_by_row(lines: Sequence[Line]) -> Picture | None:
         [[100 * counts[b] / all_ if b in counts else np.nan for b in blocks]
          for all_, counts in totals]
     )  # fmt: skip
+    names = labels([line.name for line in told], _LABEL, lines=2)
     with styled():
-        figure = new_figure(1.9 + 0.3 * len(told))
+        figure = new_figure(1.9 + (0.3 if lines_in(names) == 1 else 0.36) * len(told))
         axes = figure.subplots()
         _heat(figure, axes, shares[::-1], -0.5)
-        names = [shortened(line.name, _LABEL) for line in reversed(told)]
-        axes.set_yticks(range(len(told)), names)
-        axes.set_xticks(range(len(blocks)), [shortened(b, _LABEL) for b in blocks], rotation=90)
+        axes.set_yticks(range(len(told)), names[::-1], linespacing=1)
+        axes.set_xticks(range(len(blocks)), labels(blocks, _LABEL), rotation=90)
     return Picture(
         "coverage",
         "Who trained what",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fleet.report.history import Line
+from fleet.report.names import labels, lines_in
 from fleet.report.style import (
     COLOURS,
     DASHES,
@@ -17,7 +18,6 @@ from fleet.report.style import (
     byte_unit,
     new_figure,
     plain_axes,
-    shortened,
     styled,
 )
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 # More lines than these are no longer told apart in one picture.
 MOST_TOGETHER = 6
 _MOST_MARKS = 12  # points marked on a line
-_LABEL = 20  # characters of a name beside its line
+_LABEL = 20  # characters of a name beside its line, which has two lines
+_TITLE = 24  # characters of one above its axes
 _WIDE = 10  # ratio of largest to smallest from which an axis is logarithmic
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x, mean, lowest, highest
@@ -124,8 +125,10 @@ def _picture(
             figure = new_figure(3.3)
             _draw_together(figure, figure.subplots(), lines, curves, scale)
         else:
-            figure = new_figure(0.7 + 1.35 * -(-len(curves) // 2))
-            _draw_apart(figure, lines, curves, scale)
+            names = labels([lines[number].name for number in curves], _TITLE, lines=2)
+            height = 1.2 + 0.15 * lines_in(names)
+            figure = new_figure(0.7 + height * -(-len(curves) // 2))
+            _draw_apart(figure, names, curves, scale)
         figure.supxlabel(xlabel, fontsize=10.5)
         figure.supylabel("accuracy (%)", fontsize=10.5)
     return Picture(name, title, _caption(lines, curves), _description(lines, curves), figure)
@@ -145,13 +148,13 @@ def _draw_together(
     _scale(axes, scale)
     if len(curves) < 2 or not named:
         return
-    names = [shortened(lines[number].name, _LABEL) for number in curves]
+    names = labels([lines[number].name for number in curves], _LABEL, lines=2)
     ends = [(curve[0][-1], curve[1][-1]) for curve in curves.values()]
     # Names stand beside the axes, level with the ends as far as there is room.
     texts = [axes.text(1.04, 0.5, name, transform=axes.transAxes, va="center") for name in names]
     figure.draw_without_rendering()
     height = axes.get_window_extent().height
-    gap = 1.25 * texts[0].get_fontsize() * figure.dpi / 72 / height
+    gap = 1.25 * lines_in(names) * texts[0].get_fontsize() * figure.dpi / 72 / height
     to_axes = axes.transData + axes.transAxes.inverted()
     starts = to_axes.transform(ends)
     heights = place_labels([y for _, y in starts], gap, 0.02, 0.98)
@@ -164,17 +167,16 @@ def _draw_together(
 
 
 def _draw_apart(
-    figure: "Figure", lines: Sequence[Line], curves: dict[int, Curve], scale: str
+    figure: "Figure", names: Sequence[str], curves: dict[int, Curve], scale: str
 ) -> None:
     """Each in axes of its own, before all others in grey."""
     grid = figure.subplots(-(-len(curves) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
-    for axes, (number, curve) in zip(grid, curves.items(), strict=False):
+    for axes, name, curve in zip(grid, names, curves.values(), strict=False):
         for other in curves.values():
             axes.plot(other[0], other[1], color=RULE, lw=0.8)
         _draw(axes, curve, 0)
         _scale(axes, scale)
-        title = shortened(lines[number].name, 2 * _LABEL - 16)
-        axes.set_title(title, fontsize=9.5, loc="left", pad=2, color=TEXT)
+        axes.set_title(name, fontsize=9.5, loc="left", pad=2, color=TEXT, linespacing=1)
     for axes in list(grid[len(curves) :]):
         axes.set_visible(False)
         grid[len(curves) - 2].tick_params(labelbottom=True)

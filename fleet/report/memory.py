@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fleet.report.curves import MOST_TOGETHER
 from fleet.report.history import Line
+from fleet.report.names import labels
 from fleet.report.style import (
     COLOURS,
     QUIET,
@@ -14,7 +15,6 @@ from fleet.report.style import (
     byte_unit,
     new_figure,
     plain_axes,
-    shortened,
     styled,
 )
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-_LABEL = 20  # characters of a name beside its point
+_LABEL = 20  # characters of a name beside its point, which has two lines
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def _draw(points: Sequence[Point], front: Sequence[int], size: float, unit: str)
         axis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     many = len(points) > MOST_TOGETHER
-    names = [str(i + 1) if many else shortened(p.name, _LABEL) for i, p in enumerate(points)]
+    names = [str(i) for i in range(1, len(points) + 1)]
+    if not many:
+        names = labels([point.name for point in points], _LABEL, lines=2)
     bars = [(at, *p.accuracy[1:]) for at, p in zip(x, points, strict=True)]
     _label(figure, axes, list(zip(x, y, strict=True)), names, front, bars)
     return figure

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord, summarise
+from fleet.report.beside import Outcome
 from fleet.report.grid import Grid, as_html
 from fleet.report.history import Line, read_history, read_line
 from fleet.report.pictures import comparison_pictures, run_pictures, write_pictures
@@ -36,7 +37,13 @@ def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
     _write(record.page_path, page, f"run: fleet report {record.path}")
 
 
-def write_comparison(folder: Path, title: str, rows: Sequence[Row], grids: Sequence[Grid]) -> None:
+def write_comparison(
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    grids: Sequence[Grid],
+    outcomes: Sequence[Outcome] = (),
+) -> None:
     """Write `report.html`, and its pictures as SVG and PNG, where matplotlib is.
 
     Args:
@@ -44,13 +51,14 @@ def write_comparison(folder: Path, title: str, rows: Sequence[Row], grids: Seque
         title: of the page.
         rows: what is compared, each record read once.
         grids: tables to show below the pictures.
+        outcomes: what the rows came to.
 
     Raises:
         ConfigError: if a record is damaged, or the folder cannot be written.
     """
     lines = [read_line(row) for row in rows]
     try:
-        pictures, missing = comparison_pictures(lines)
+        pictures, missing = comparison_pictures(lines, outcomes)
     except ConfigError as error:
         pictures, missing = [], [str(error)]
     write_pictures(folder, pictures)

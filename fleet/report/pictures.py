@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleet.errors import ConfigError
+from fleet.report.beside import Outcome, accuracy_by_row
 from fleet.report.covered import coverage_by_round, coverage_by_row
 from fleet.report.curves import by_bytes, by_round
 from fleet.report.history import History, Line
@@ -13,6 +14,7 @@ from fleet.report.spread import NOT_MEASURED, spread_by_round, spread_by_row
 from fleet.report.style import Picture
 
 NAMES = (
+    "accuracy-by-row",
     "accuracy-by-round",
     "accuracy-by-bytes",
     "accuracy-by-memory",
@@ -41,8 +43,13 @@ def run_pictures(
     return _told(pictures, [history], unequal)
 
 
-def comparison_pictures(lines: Sequence[Line]) -> tuple[list[Picture], list[str]]:
+def comparison_pictures(
+    lines: Sequence[Line], outcomes: Sequence[Outcome] = ()
+) -> tuple[list[Picture], list[str]]:
     """A comparison's pictures, and a sentence for each that there is not.
+
+    Args:
+        outcomes: of the rows, in their order.
 
     Raises:
         ConfigError: if matplotlib is not installed.
@@ -53,6 +60,7 @@ def comparison_pictures(lines: Sequence[Line]) -> tuple[list[Picture], list[str]
         return [], ["No run ended well; there is nothing to draw."]
     unequal = _is_unequal(runs)
     pictures = [
+        accuracy_by_row(outcomes),
         by_round(lines),
         by_bytes(lines),
         by_memory(lines),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from fleet.report.grid import Grid
 from fleet.report.history import History, Line, kind_of
+from fleet.report.names import labels, lines_in
 from fleet.report.style import (
     COLOURS,
     MARKERS,
@@ -13,7 +14,6 @@ from fleet.report.style import (
     Picture,
     new_figure,
     plain_axes,
-    shortened,
     styled,
 )
 
@@ -21,7 +21,7 @@ _MOST_CLIENTS = 20  # rows of the picture
 _MOST_ROWS = 50  # of the table
 _MOST_KINDS = 5  # colours; the rest is drawn as one
 _MOST_MARKS = 1500  # beyond, the marks are a bitmap inside the picture
-_LABEL = 18  # characters of a name
+_LABEL = 18  # characters of a line of a name
 _REASON = 54  # of a line of a reason, which has two
 _WORDS = 300  # of a reason in the table
 _OTHER = "other reasons"
@@ -53,7 +53,7 @@ def refusals_by_round(history: History) -> Picture | None:
                 color=QUIET if kind == _OTHER else COLOURS[number],
                 rasterized=len(history.refused) > _MOST_MARKS,
             )  # fmt: skip
-        axes.set_yticks(range(len(clients)), [shortened(name, _LABEL) for name in clients])
+        axes.set_yticks(range(len(clients)), labels(clients, _LABEL))
         axes.set(xlabel="round", ylim=(len(clients) - 0.5, -0.5))
         axes.set_xlim(-0.5, history.last_round + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -85,8 +85,10 @@ def refusals_by_row(lines: Sequence[Line]) -> Picture | None:
         }
         for count, all_ in zip(counts, asked, strict=True)
     ]
+    names = labels([line.name for line in lines], _LABEL, lines=2)
     with styled():
-        figure = new_figure(0.9 + 0.26 * len(lines) + 0.19 * _lines(kinds))
+        height = 0.26 if lines_in(names) == 1 else 0.36
+        figure = new_figure(0.9 + height * len(lines) + 0.19 * _lines(kinds))
         axes = figure.subplots()
         plain_axes(axes, grid="x")
         left = [0.0] * len(lines)
@@ -98,7 +100,7 @@ def refusals_by_row(lines: Sequence[Line]) -> Picture | None:
                 axes.barh(range(len(lines)), widths, 0.7, left, color=colour, edgecolor="white")
             )
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(lines)), [shortened(line.name, _LABEL) for line in lines])
+        axes.set_yticks(range(len(lines)), names, linespacing=1)
         axes.set(xlabel="refused, of those asked (%)", ylim=(len(lines) - 0.5, -0.5))
         _legend(figure, bars, kinds)
     return Picture(

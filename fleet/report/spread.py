@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fleet.report.history import History, Line
+from fleet.report.names import labels
 from fleet.report.style import (
     COLOURS,
     Picture,
     new_figure,
     plain_axes,
-    shortened,
     styled,
 )
 
@@ -21,7 +21,7 @@ NOT_MEASURED = (
     "clients each client measures it on its validation images."
 )
 _MOST_DOTS = 200  # a row; of more clients the box alone is drawn
-_LABEL = 20  # characters of a row's name
+_LABEL = 20  # characters of a row's name, which has two lines
 _GOLDEN = 0.618034  # multiples of it, modulo 1, are spread evenly: dots beside their row
 
 
@@ -85,7 +85,8 @@ def spread_by_row(lines: Sequence[Line]) -> Picture | None:
             axes.hlines(place, lowest, highest, color=blue, lw=1)
             axes.hlines(place, quarter, three, color=blue, lw=5, alpha=0.45)
             axes.vlines(median, place - 0.3, place + 0.3, color="#222222", lw=2)
-        axes.set_yticks(range(len(rows)), [shortened(name, _LABEL) for name, _ in rows])
+        names = labels([name for name, _ in rows], _LABEL, lines=2)
+        axes.set_yticks(range(len(rows)), names, linespacing=1)
         axes.set(xlabel="accuracy of a client (%)", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
     return Picture(
         "client-accuracy",

@@ -126,15 +126,6 @@ def plain_axes(axes: "Axes", grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def shortened(name: str, most: int) -> str:
-    """A name of at most so many characters: its two ends, that tell it from others."""
-    name = "".join(c if c.isprintable() else "�" for c in name)
-    if len(name) <= most:
-        return name
-    head = most // 2
-    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
-
-
 def byte_unit(largest: float) -> tuple[float, str]:
     """Bytes of the unit in which the largest is read best, and its name."""
     for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

@@ -13,6 +13,7 @@ import pytest
 from fleet.errors import ConfigError
 from fleet.records import ClientReport, RoundReport, RunRecord
 from fleet.report import write_comparison, write_page
+from fleet.report.beside import Outcome, accuracy_by_row
 from fleet.report.curves import by_bytes, by_round, place_labels
 from fleet.report.files import write_files
 from fleet.report.grid import Grid
@@ -190,6 +191,40 @@ def test_a_name_in_the_memory_picture_is_crossed_by_no_error_bar():
             assert not crossed, text.get_text()
 
 
+NAN = math.nan
+
+
+@pytest.mark.parametrize("first", [80.0, NAN])
+def test_each_row_is_drawn_beside_the_first_of_its_group(first):
+    outcomes = [
+        Outcome("no attack, rule=mean", "rule=mean", first, 2.0),
+        Outcome("no attack, rule=median", "rule=median", 70.0, NAN),
+        Outcome("nan, rule=mean", "rule=mean", 20.0, 30.0),
+        Outcome("nan, rule=median", "rule=median", 65.0, 1.0),
+    ]
+    picture = accuracy_by_row(outcomes)
+    mean, median = picture.figure.axes
+    assert [axes.get_title(loc="left") for axes in (mean, median)] == ["rule=mean", "rule=median"]
+    assert sorted(text.get_text() for text in mean.get_yticklabels()) == ["nan", "no attack"]
+    for axes, values in ((mean, [first, 20.0]), (median, [70.0, 65.0])):
+        upright = [line for line in axes.lines if len(line.get_xdata()) == 2]
+        points = [line for line in axes.lines if line.get_marker() == "o"]
+        known = [value for value in values if value == value]
+        assert [float(line.get_xdata()[0]) for line in points] == known
+        assert [line.get_xdata()[0] for line in upright] == known[: len(known) - 1]
+        hollow = [line.get_markerfacecolor() == "white" for line in points]
+        assert hollow == ([True, False] if len(known) == 2 else [False])
+    bars = [c.get_segments()[0][:, 0].tolist() for c in mean.collections]
+    assert [0.0, 50.0] in bars  # an interval ends where accuracies do
+    missing = "Without an accuracy: no attack, rule=mean."
+    assert (missing in picture.caption) == (first != first)
+    assert "rule=median: no attack 70.0 %, nan 65.0 %." in picture.description
+
+
+def test_a_single_row_is_drawn_beside_nothing():
+    assert accuracy_by_row([Outcome("a", "", 80.0, 1.0), Outcome("b", "", NAN, NAN)]) is None
+
+
 @pytest.mark.parametrize("words", [12, 60])
 def test_a_reason_in_the_picture_of_refusals_is_cut_between_words(words):
     reason = " ".join(f"word{'abc'[i % 3]}" for i in range(words))
@@ -215,9 +250,10 @@ def test_a_comparison_writes_page_and_pictures_and_shows_what_failed(rows, tmp_p
     (folder).mkdir()
     (folder / "coverage.svg").write_text("of an earlier time")
     grid = Grid("Summary", ("row", "accuracy %"), [("slow", "41.0 ± 2.0")], named=True)
-    write_comparison(folder, "Two ways", rows, [grid])
+    outcomes = [Outcome("slow", "", 42.0, 1.0), Outcome("fast", "", 72.0, 1.0)]
+    write_comparison(folder, "Two ways", rows, [grid], outcomes)
     names = {path.name for path in folder.iterdir()}
-    drawn = ("accuracy-by-round", "accuracy-by-bytes", "accuracy-by-memory")
+    drawn = ("accuracy-by-row", "accuracy-by-round", "accuracy-by-bytes", "accuracy-by-memory")
     assert names == {"report.html"} | {f"{n}.{e}" for n in drawn for e in ("svg", "png")}
     page = (folder / "report.html").read_text()
     assert "2 rows, 4 runs, 1 more failed" in page
