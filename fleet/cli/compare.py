@@ -1,19 +1,17 @@
 """`fleet compare`."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fleet.cli.options import format_option
 from fleet.cli.simulate import find_modules_here
 from fleet.cli.stopping import exit_code, signals_stop
+from fleet.cli.sweep import show_sweep
 from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
@@ -83,7 +81,7 @@ def command(
     asked = load_recipe(values)
     _ask(asked.num_cells, yes)
     try:
-        with signals_stop(), _progress(asked.num_cells) as (on_cell, on_round, note):
+        with signals_stop(), show_sweep(asked.num_cells) as (on_cell, on_round, note):
             comparison = compare(
                 asked,
                 out,
@@ -142,39 +140,3 @@ def _ask(cells: int, yes: bool) -> None:
             f"this is {cells:,} runs, more than {_MANY:,}; with --yes they are run, all of them"
         )
     click.confirm(f"This is {cells:,} runs, more than {_MANY:,}. Run them all?", abort=True)
-
-
-@contextlib.contextmanager
-def _progress(
-    cells: int,
-) -> Iterator[tuple[Callable[..., None], Callable[..., None], Callable[[str], None]]]:
-    """`on_cell`, `on_round` and `on_note` of `compare`, which show it on standard error."""
-    console = Console(stderr=True)
-    plain = not console.is_terminal or console.is_dumb_terminal
-
-    def line(row: str, seed: int, done: int, total: int, failed: str) -> str:
-        return f"{done} of {total}: {row}, seed {seed}" + (f" failed: {failed}" if failed else "")
-
-    if plain:
-        yield (
-            lambda *facts: click.echo(line(*facts), err=True),
-            lambda *_: None,
-            lambda text: click.echo(text, err=True),
-        )
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        task = progress.add_task("", total=cells)
-
-        def on_cell(row: str, seed: int, done: int, total: int, failed: str) -> None:
-            progress.update(task, completed=done)
-            console.print(line(row, seed, done, total, failed), markup=False, highlight=False)
-
-        def on_round(cell: Any, number: int, accuracy: float | None) -> None:
-            told = "" if accuracy is None else f", {100 * accuracy:.1f} %"
-            progress.update(task, description=f"{cell.variant.name}: round {number}{told}")
-
-        def note(text: str) -> None:
-            console.print(text, markup=False, highlight=False)
-
-        yield on_cell, on_round, note
