@@ -9,6 +9,7 @@
 FOLDER holds CIFAR-10 as parquet, or other images enough for the largest fleet. `methods` holds
 MobileTL beside full fine-tuning of the same fleet. Every run has a process of its own, which notes
 at the end of each round what it and its workers hold; beside it their memory is looked at all the
-while. What is noted lies in `--out`: a run that is complete there is shown and not run again.
+while. What is noted lies in `--out`, in a folder for each commit: a run that is complete there is
+shown and not run again.
 `--rounds`, `--clients` and `--fleet` make it shorter.
 """

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,6 @@ from statistics import median
 import click
 
 from fleet.config import Value
-from fleet.measure.comparison import commit
 from fleet.plan import STASHES
 from fleet.report import Grid, as_markdown
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
@@ -90,7 +89,7 @@ def soak(
     }
     course = run_kept(out, name, settings, workers, _telling(rounds))
     click.echo(as_markdown(soak_table(course)).replace("## ", "### ", 1))
-    click.echo(_made_by(course))
+    click.echo(_made_by([course]))
 
 
 @main.command()
@@ -134,7 +133,7 @@ def fleets(
             click.echo(name, err=True)
             courses[fleet].append(run_kept(out, name, settings, 1, _telling(rounds)))
     click.echo(as_markdown(fleets_table(courses)).replace("## ", "### ", 1))
-    click.echo(_made_by(courses[fleets_[0]][0]))
+    click.echo(_made_by([course for own in courses.values() for course in own]))
 
 
 @main.command()
@@ -193,7 +192,7 @@ def methods(
             click.echo(name, err=True)
             courses[method].append(run_kept(out, name, common | settings, 1, _telling(rounds)))
     click.echo(as_markdown(methods_table(courses)).replace("## ", "### ", 1))
-    click.echo(_made_by(courses["full"][0]))
+    click.echo(_made_by([course for own in courses.values() for course in own]))
 
 
 def soak_table(course: Course) -> Grid:
@@ -349,10 +348,13 @@ def _telling(rounds: int) -> Callable[[RoundNote], None]:
     return tell
 
 
-def _made_by(course: Course) -> str:
+def _made_by(courses: Sequence[Course]) -> str:
+    """Where a table is from: of several commits, if there was one while it was made, all."""
+    commits = [*dict.fromkeys(course.commit or "unknown" for course in courses)]
     return (
-        f"\nCommit {course.commit or commit()}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, data {Path(str(course.settings['data'])).name}."
+        f"\nCommit{'s' * (len(commits) > 1)} {', '.join(commits)}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, data "
+        f"{Path(str(courses[0].settings['data'])).name}."
     )
 
 

@@ -81,10 +81,10 @@ def run_kept(
     workers: int,
     on_round: Callable[[RoundNote], None] = lambda note: None,
 ) -> Course:
-    """A run, or what is kept of it from before.
+    """A run, or what is kept of it from before, by the same commit.
 
     Args:
-        folder: of all runs' courses; NAME.json in it is this one's.
+        folder: of all runs' courses; COMMIT/NAME.json in it is this one's.
         settings: that differ from the defaults; no folders.
         workers: as in `simulate`.
 
@@ -92,7 +92,8 @@ def run_kept(
         ConfigError: if the run fails, with the last that it said; or if what is kept under
             its name ran with other settings.
     """
-    file = folder / f"{name}.json"
+    code = commit()
+    file = folder / (code or "no-commit") / f"{name}.json"
     if file.is_file():
         kept = json.loads(file.read_text())
         if (kept["settings"], kept["workers"]) != (dict(settings), workers):
@@ -101,8 +102,8 @@ def run_kept(
                 f"{dict(settings)} with {workers}; name another --out, or remove it"
             )
         return Course(**kept | {"rounds": tuple(RoundNote(**note) for note in kept["rounds"])})
-    course = _run(name, settings, workers, on_round)
-    folder.mkdir(parents=True, exist_ok=True)
+    course = _run(name, settings, workers, code, on_round)
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(asdict(course)))
     part.replace(file)
@@ -113,6 +114,7 @@ def _run(
     name: str,
     settings: Mapping[str, Value],
     workers: int,
+    code: str,
     on_round: Callable[[RoundNote], None],
 ) -> Course:
     """In a process of its own, whose folders go with it."""
@@ -143,7 +145,7 @@ def _run(
     return Course(
         settings=dict(settings),
         workers=workers,
-        commit=commit(),
+        commit=code,
         rounds=tuple(rounds[:-1]),
         peak_pss=peak.pss,
         **last,

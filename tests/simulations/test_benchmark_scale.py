@@ -10,7 +10,15 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.errors import ConfigError
-from simulations.benchmark_scale.__main__ import fleets_table, main, methods_table, soak_table
+from fleet.measure.comparison import commit
+from simulations.benchmark_scale import job
+from simulations.benchmark_scale.__main__ import (
+    _made_by,
+    fleets_table,
+    main,
+    methods_table,
+    soak_table,
+)
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
 from simulations.benchmark_scale.trend import trend
 from simulations.footprint import bound_on_peak, footprint, resident_alone, watching
@@ -183,11 +191,12 @@ def test_rounds_a_minute_are_held_against_full():
     assert full[2] == "1.00 (1.00–1.00)"
 
 
-def test_a_short_soak_is_run_once_and_then_shown(tmp_path):
+def test_a_short_soak_is_run_once_for_a_commit_and_then_shown(tmp_path, monkeypatch):
     words = ["soak", "--clients", "4", "--sampled", "2", "--rounds", "5", "--out", str(tmp_path)]
     first = CliRunner().invoke(main, words)
     assert first.exit_code == 0, first.output
-    kept = json.loads((tmp_path / "soak.json").read_text())
+    (file,) = tmp_path.glob("*/soak.json")
+    kept = json.loads(file.read_text())
     assert [note["server_round"] for note in kept["rounds"]] == list(range(6))
     assert all(note["processes"] == 3 for note in kept["rounds"][1:])
     assert kept["state_clients"] == 4 and kept["state_bytes"] > 0 and kept["cache_bytes"] > 0
@@ -195,6 +204,18 @@ def test_a_short_soak_is_run_once_and_then_shown(tmp_path):
     assert "| peak memory, seen |" in first.stdout
     again = CliRunner().invoke(main, words)
     assert again.stdout == first.stdout and "round" not in again.stderr
+    monkeypatch.setattr(job, "commit", lambda: "another")
+    monkeypatch.setattr(job, "_run", lambda *_: pytest.fail("run again, as is right"))
+    with pytest.raises(pytest.fail.Exception, match="run again"):  # nothing of this one is shown
+        CliRunner().invoke(main, words, catch_exceptions=False)
+
+
+def test_commits_of_a_table_are_all_told():
+    made = [course([1.0] * 3, commit=name) for name in ("abc", "abc", "def")]
+    for one in made:
+        named(one, data="somewhere/cifar10")
+    assert "\nCommit abc, " in _made_by(made[:2])
+    assert "\nCommits abc, def, " in _made_by(made) and "data cifar10." in _made_by(made)
 
 
 def test_every_stash_asked_for_is_a_row_and_weights_need_not_be_at_hand(tmp_path):
@@ -202,7 +223,9 @@ def test_every_stash_asked_for_is_a_row_and_weights_need_not_be_at_hand(tmp_path
     words = f"{words} --backbone mobilenet_v2 --weights none --stash float32 --stash recompute"
     done = CliRunner().invoke(main, [*words.split(), "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    kept = {file.stem: json.loads(file.read_text())["settings"] for file in tmp_path.iterdir()}
+    kept = {
+        file.stem: json.loads(file.read_text())["settings"] for file in tmp_path.glob("*/*.json")
+    }
     assert {name: run.get("stash") for name, run in kept.items()} == {
         "mobiletl-float32-32-0": "float32",
         "mobiletl-recompute-32-0": "recompute",
@@ -224,7 +247,8 @@ def test_an_unknown_stash_is_refused_with_those_that_there_are(tmp_path):
 
 
 def test_another_run_under_a_name_that_is_taken_is_refused(tmp_path):
-    file = tmp_path / "soak.json"
+    file = tmp_path / (commit() or "no-commit") / "soak.json"
+    file.parent.mkdir()
     file.write_text(json.dumps({"settings": {"clients": 5}, "workers": 1}))
     text = f"{file} is of .*'clients': 5.* with 1 workers, asked for are .*6.* with 2; name another"
     with pytest.raises(ConfigError, match=text):
