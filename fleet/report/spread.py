@@ -16,9 +16,9 @@ from fleet.report.style import (
 
 # What stands on a page in place of the picture.
 NOT_MEASURED = (
-    "The server evaluated the global model on held-out images of its own. No client's accuracy "
-    "was measured, so how it differs from client to client is not known. With --evaluation "
-    "clients each client measures it on its validation images."
+    "How accuracy differs from client to client is not on record: it was measured on held-out "
+    "images of the server's. Where the setting evaluation is clients, each client measures it on "
+    "validation images of its own."
 )
 _MOST_DOTS = 200  # a row; of more clients the box alone is drawn
 _LABEL = 20  # characters of a row's name, which has two lines
