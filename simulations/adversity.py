@@ -10,7 +10,8 @@ from simulations.attacks import FORMS, read_attack
 
 # What a simulation is told beside a run's configuration: recipes name it among the
 # settings or in a table [simulation].
-OF_SIMULATION: Mapping[str, type] = {"engine": str, "attack": str, "hostile": float, "drop": float}
+OF_ADVERSITY = ("attack", "hostile", "drop")
+OF_SIMULATION = ("engine", "workers", *OF_ADVERSITY)
 
 
 def told_apart(
@@ -79,9 +80,10 @@ class Adversity:
         Raises:
             ConfigError: for an unknown name too.
         """
-        known = [field.name for field in fields(cls)]
-        if unknown := [name for name in table if name not in known]:
-            raise ConfigError(f"[simulation] has {', '.join(unknown)}; known: {', '.join(known)}")
+        if unknown := [name for name in table if name not in OF_ADVERSITY]:
+            raise ConfigError(
+                f"[simulation] has {', '.join(unknown)}; known: {', '.join(OF_ADVERSITY)}"
+            )
         return cls(**table)
 
     def as_table(self) -> dict[str, str | float]:

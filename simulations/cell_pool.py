@@ -107,8 +107,9 @@ class _Process:
         variant = cell.variant
         task = self._task | {
             "key": cell.key,
-            "settings": {**variant.settings, "seed": cell.seed, "state-dir": ""},
+            "settings": {**variant.settings, "seed": cell.seed, "state-dir": "", "resume": False},
             "engine": variant.engine,
+            "workers": variant.workers,
             "adversity": dict(variant.adversity),
         }
         with contextlib.suppress(OSError):  # it has ended: there will be no answer

@@ -1,7 +1,7 @@
 """A process that runs cells of a comparison one after the other: a crash ends it, not the sweep.
 
 It reads a JSON object a line from standard input (`key`, `folder`, `settings`,
-`engine`, `adversity`, `keep_models`) and answers in lines of JSON on standard
+`engine`, `workers`, `adversity`, `keep_models`) and answers in lines of JSON on standard
 output: `round` with the accuracy, then `done` with what was measured, or
 `failed` with the reason. At the end of its input, be it that its parent was
 killed, it ends.
@@ -33,8 +33,11 @@ def main() -> None:
     """Run what is asked for until nothing more will come."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
+    asked = os.fdopen(os.dup(0))
+    # A run's workers are forks, which close their standard input: not while a thread reads it.
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process
     tasks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    threading.Thread(target=_listen, args=(asked, tasks), daemon=True).start()
     try:
         while (task := tasks.get()) is not None:
             _answer(task, answers)
@@ -42,8 +45,8 @@ def main() -> None:
         os._exit(130)  # what was under way is cleared; nobody waits for an answer
 
 
-def _listen(tasks: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
-    for line in sys.stdin:
+def _listen(asked: TextIO, tasks: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
+    for line in asked:
         tasks.put(json.loads(line))
     tasks.put(None)
     os.kill(os.getpid(), signal.SIGINT)
@@ -65,6 +68,7 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
             task["settings"] | {"run-dir": str(folders.part(key))},
             task["engine"],
             on_round,
+            workers=task["workers"],
             **task["adversity"],
         )
         measured = {"device_flops": _flops(task["settings"], list(record.rounds()))}

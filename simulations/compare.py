@@ -2,18 +2,20 @@
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fleet.config import default_settings, read_config, read_toml
 from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
+from simulations.adversity import OF_ADVERSITY, Adversity
 from simulations.cell_pool import OnRound, run_cells
 from simulations.cells import Cell, CellFolders, Keys
 from simulations.checks import check_settings
-from simulations.comparison import COLUMNS, ComparedRow, Comparison
-from simulations.recipe import Recipe, Variant, recipe_of
+from simulations.comparison import CELLS, COLUMNS, RECIPE, ComparedRow, Comparison
+from simulations.recipe import Recipe, Variant, group_of, recipe_of
 
 RUNS = "runs"
 _NOT_RUN = "not run yet: the comparison was stopped", ""
@@ -112,6 +114,67 @@ def compare(
             raise
         comparison.write()
     return comparison
+
+
+def redraw(folder: str | Path) -> Comparison:
+    """Write a comparison's tables, pictures and page again, of the runs that are there.
+
+    Nothing is run. One that is missing or damaged counts as failed.
+
+    Raises:
+        ConfigError: if there is no comparison in the folder, another is running there, or it
+            cannot be written.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / RECIPE).is_file() or not (folder / CELLS).is_file():
+        raise ConfigError(
+            f"{folder} holds no comparison: there is no {RECIPE} with {CELLS} in it; fleet compare "
+            f"writes both"
+        )
+    with _alone_in(folder):
+        asked = load_recipe(folder / RECIPE)
+        try:
+            cells = [json.loads(line) for line in (folder / CELLS).read_text().splitlines()]
+            rows = _rows_of(asked, folder, cells)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder / CELLS} is damaged: {type(error).__name__}: {error}; run the comparison "
+                f"again: fleet compare {folder / RECIPE} --out {folder}"
+            ) from error
+        comparison = Comparison(asked, folder, rows)
+        comparison.write()
+    return comparison
+
+
+def _rows_of(asked: Recipe, folder: Path, cells: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
+    """The rows of a comparison's `cells.jsonl`, each run held against its digests."""
+    folders, rows = CellFolders(folder / RUNS), {}
+    for cell in cells:
+        settings, name, seed = cell["settings"], cell["row"], cell["seed"]
+        told = {key: cell[key] for key in OF_ADVERSITY if key in cell}
+        group = group_of(asked.within, settings, cell["engine"], 1, Adversity(**told))
+        variant = Variant(
+            name=name,
+            settings=settings,
+            engine=cell["engine"],
+            workers=1,
+            adversity=told,
+            group=group,
+        )
+        row = rows.setdefault(name, ComparedRow(variant))
+        if cell["status"] != "done":
+            row.failed[seed] = cell["reason"], cell["details"]
+            continue
+        one = Cell(variant, seed, Path(cell["run"]).name)
+        try:
+            measured, why = folders.measured(one), f"its run {cell['run']} is missing"
+        except ConfigError as error:
+            measured, why = None, f"its run {cell['run']} is damaged: {error}"
+        if measured is None:
+            row.failed[seed] = why, ""
+        else:
+            row.runs[seed] = RunRecord(folders.path(one)), measured
+    return list(rows.values())
 
 
 def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:

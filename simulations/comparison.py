@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, summarise, to_json
-from fleet.report import Grid, Outcome, as_markdown, write_comparison
+from fleet.report import Grid, Outcome, as_markdown, spreadsheet_cell, write_comparison
 from fleet.report.frame import frame
 from fleet.report.rounds import MIB
 from fleet.report.rows import Row
@@ -22,6 +22,7 @@ from simulations.recipe import Recipe, Variant
 if TYPE_CHECKING:
     import pandas
 
+RECIPE, CELLS = "recipe.toml", "cells.jsonl"  # what a comparison's folder is known by
 _POINT = 0.01  # below the reference's accuracy: the target where none is given
 
 
@@ -225,7 +226,7 @@ class Comparison:
         return pandas.concat(frames, names=["row", "seed"])
 
     def write(self) -> None:
-        """`cells.jsonl`, `table.csv`, `table.md`, `report.html` and pictures.
+        """`recipe.toml`, `cells.jsonl`, `table.csv`, `table.md`, `report.html` and pictures.
 
         Raises:
             ConfigError: if they cannot be written.
@@ -233,7 +234,8 @@ class Comparison:
         table = self.table()
         try:
             lines = [to_json(cell) + "\n" for cell in self.cells()]
-            (self.folder / "cells.jsonl").write_text("".join(lines))
+            (self.folder / RECIPE).write_text(self.recipe.as_toml())
+            (self.folder / CELLS).write_text("".join(lines))
             (self.folder / "table.md").write_text(as_markdown(table))
             (self.folder / "table.csv").write_text(self._csv())
         except OSError as error:
@@ -283,24 +285,29 @@ class Comparison:
         return cells
 
     def _csv(self) -> str:
-        """Numbers without units' scales: mean, interval and difference of every column."""
+        """Mean and difference of every column, in its heading's unit, and half of their intervals.
+
+        Numbers are whole as they were worked out; a name that a spreadsheet would take for a
+        formula begins with an apostrophe.
+        """
         buffer = io.StringIO()
         writer = csv.writer(buffer)
         columns = self.columns
-        parts = ("mean", "interval", "difference", "difference_interval")
-        head = [f"{name}_{part}" for name in columns for part in parts]
+        parts = ("mean", "half interval", "difference", "half interval of difference")
+        head = [f"{COLUMNS[name].heading}, {part}" for name in columns for part in parts]
         writer.writerow(["row", "seeds", "failed", *head])
         values = self.values
         for number, row in enumerate(self.rows):
             reference = values[self._reference(number)]
-            line = [row.variant.name, len(row.runs), len(row.failed)]
+            line = [spreadsheet_cell(row.variant.name), len(row.runs), len(row.failed)]
             for name in columns:
                 ours = values[number][name]
                 for one in (
                     estimate(list(ours.values())),
                     paired_difference(ours, reference[name]),
                 ):
-                    line += [_plain(one.mean), _plain(one.half_width)]
+                    scale = COLUMNS[name].scale
+                    line += [_plain(one.mean * scale), _plain(one.half_width * scale)]
             writer.writerow(line)
         return buffer.getvalue()
 

@@ -70,12 +70,7 @@ def simulate(
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
-    processes = read_workers(workers)
-    if processes > 1 and engine != "local":
-        raise ConfigError(
-            f"workers is {workers}, and engine {engine} has processes of its own; "
-            f"leave workers out, or use engine local"
-        )
+    processes = check_workers(workers, engine)
     adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
     check_fleet(config)
@@ -119,6 +114,22 @@ def simulate(
     record.write_summary(record.summary() | table | {"engine": engine})
     followers.on_run_end(record.summary())
     return record
+
+
+def check_workers(workers: int | str, engine: str) -> int:
+    """How many processes the clients run in.
+
+    Raises:
+        ConfigError: for what is no number of them, or more than one of an engine that has
+            its own.
+    """
+    processes = read_workers(workers)
+    if processes > 1 and engine != "local":
+        raise ConfigError(
+            f"workers is {workers}, and engine {engine} has processes of its own; "
+            f"leave workers out, or use engine local"
+        )
+    return processes
 
 
 def resumed(run_dir: str | Path) -> tuple[dict[str, Value], dict[str, str | float]]:

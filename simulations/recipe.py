@@ -20,7 +20,8 @@ A recipe is a TOML file or a mapping of the same form:
     server-learning-rate = 0.01
 
 Everything is optional. Names are those of `fleet simulate`; `codec` sets both links'.
-A table [simulation], as a run's config.toml has, counts as a part of [settings].
+A table [simulation], as a run's config.toml has, counts as a part of [settings]. That
+file itself is a recipe of one run, its seed's.
 """
 
 import csv
@@ -29,6 +30,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import tomli_w
 
 from fleet.config import (
     Value,
@@ -42,7 +45,7 @@ from fleet.config import (
 )
 from fleet.errors import ConfigError
 from simulations.adversity import OF_SIMULATION, Adversity, told_apart
-from simulations.launch import ENGINES
+from simulations.launch import ENGINES, check_workers
 from strategies.algorithm import algorithm
 
 _BOTH = ("codec-up", "codec-down")  # what `codec` stands for
@@ -50,7 +53,9 @@ _PLACED = {  # settings that a comparison gives itself
     "seed": "use seeds",
     "run-dir": "every run has a folder of its own below that of the comparison",
     "state-dir": "what clients remember lies with their run",
+    "resume": "the same command goes on with what is there",
 }
+_OF_A_RUN = ("versions", "machine")  # what a run's config.toml has beside settings
 _KEYS = ("title", "seeds", "target", "columns", "within", "settings", "simulation", "vary", "rows")
 
 
@@ -62,6 +67,7 @@ class Variant:
         name: of the row.
         settings: the whole run configuration but seed and folders.
         engine: that of `simulate`.
+        workers: that of `simulate`; no result depends on it.
         adversity: what is set of attack, hostile and drop.
         group: values of what rows are compared within.
     """
@@ -69,6 +75,7 @@ class Variant:
     name: str
     settings: Mapping[str, Value]
     engine: str
+    workers: int | str
     adversity: Mapping[str, str | float]
     group: tuple[str, ...]
 
@@ -92,6 +99,20 @@ class Recipe:
         axes = math.prod(len(values) for values in self.vary.values())
         return max(1, len(self.rows)) * axes * len(self.seeds)
 
+    def as_toml(self) -> str:
+        """The recipe as a file of its own."""
+        facts = {
+            "title": self.title,
+            "seeds": len(self.seeds) if isinstance(self.seeds, range) else list(self.seeds),
+            **({} if self.target is None else {"target": self.target}),
+            "columns": list(self.columns),
+            "within": list(self.within),
+            "settings": dict(self.settings),
+            "vary": {key: list(values) for key, values in self.vary.items()},
+            "rows": [{"name": name, **row} for name, row in self.rows],
+        }
+        return tomli_w.dumps({key: value for key, value in facts.items() if value not in ([], {})})
+
     def variants(self) -> list[Variant]:
         """A row each, rows as they come and the last axis fastest.
 
@@ -112,10 +133,11 @@ class Recipe:
         name = ", ".join(words) or "as set"
         given = _both_links(self.settings) | _both_links(row) | _both_links(varied)
         told = {key: given.pop(key) for key in OF_SIMULATION if key in given}
-        engine = told.pop("engine", "local")
+        engine, workers = told.pop("engine", "local"), told.pop("workers", 1)
         try:
             if engine not in ENGINES:
                 raise ConfigError(unknown("engine", engine, ENGINES))
+            check_workers(workers, engine)
             config = read_config(defaults | given)
             algorithm(config.federation, seed=0, clients=config.federation.clients)
             settings = config.as_settings()
@@ -123,15 +145,27 @@ class Recipe:
             adversity.check_fleet(settings["clients"], engine)
         except ConfigError as error:
             raise ConfigError(f"row {name}: {error}") from error
-        whole = settings | {"engine": engine} | vars(adversity)
-        whole["codec"] = f"{whole['codec-up']} {whole['codec-down']}"
         return Variant(
             name=name,
             settings={key: value for key, value in settings.items() if key not in _PLACED},
             engine=engine,
+            workers=workers,
             adversity=adversity.as_table(),
-            group=tuple(str(whole[key]) for key in self.within),
+            group=group_of(self.within, settings, engine, workers, adversity),
         )
+
+
+def group_of(
+    within: Sequence[str],
+    settings: Mapping[str, Value],
+    engine: str,
+    workers: int | str,
+    adversity: Adversity,
+) -> tuple[str, ...]:
+    """The values of what rows are compared within."""
+    whole = {**settings, "engine": engine, "workers": workers, **vars(adversity)}
+    whole["codec"] = f"{whole['codec-up']} {whole['codec-down']}"
+    return tuple(str(whole[key]) for key in within)
 
 
 def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
@@ -144,6 +178,7 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: naming what is not known, and what is, the closest first.
     """
+    values = _of_a_run(values) if any(key in values for key in _OF_A_RUN) else values
     for key in values:
         if key not in _KEYS:
             name = closest_first(key, [*_KEYS, *_names()])[0]
@@ -153,7 +188,7 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
     if not isinstance(title, str) or not title.strip():
         raise ConfigError(f"title must be text, got {title!r}")
     settings, simulation, vary = (_table(values, key) for key in ("settings", "simulation", "vary"))
-    if others := sorted(simulation.keys() - OF_SIMULATION.keys()):
+    if others := sorted(simulation.keys() - {*OF_SIMULATION}):
         raise ConfigError(
             f"[simulation] has {', '.join(others)}; known: {', '.join(OF_SIMULATION)}"
         )
@@ -166,6 +201,11 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
             raise ConfigError(f"{twice[0]} is in row {name} and in vary; leave one of them out")
     for where, table in (("settings", settings), ("vary", axes), *rows):
         _check_names(where, table)
+        if "workers" in table and table is not settings:
+            raise ConfigError(
+                f"{where}: workers is for all runs, as it changes none of their results; put it "
+                f"into settings"
+            )
     return Recipe(
         title=title,
         seeds=_seeds(values.get("seeds", 1)),
@@ -176,6 +216,14 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
         vary=axes,
         rows=rows,
     )
+
+
+def _of_a_run(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's config.toml as a recipe: its seed, and its settings but for where it lies."""
+    own = _table(values, "settings")
+    recipe = {key: table for key, table in values.items() if key not in _OF_A_RUN}
+    recipe["settings"] = {key: value for key, value in own.items() if key not in _PLACED}
+    return ({"seeds": [own["seed"]]} if "seed" in own else {}) | recipe
 
 
 def parse_setting(text: str) -> tuple[str, Value]:

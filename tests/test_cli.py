@@ -246,6 +246,7 @@ def test_an_attacked_run_is_repeated_with_its_attack(tmp_path):
         ("simulation = 3", "simulation must be a table, got 3"),
         ("[simulation]\nlag = 3", "[simulation] has lag; known: attack, hostile, drop"),
         ('engine = "warp"', "unknown engine warp; known: local, flower"),
+        ("workers = 0", "workers must be a whole number from 1 on, or auto; got 0"),
         ("[settings]\nseed = 1\ndrop = 2", "drop must be a number in [0, 1), got 2"),
         (
             "drop = 0.1\n[simulation]\ndrop = 0.2",

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,6 +16,9 @@ from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
+
+if TYPE_CHECKING:
+    from simulations.comparison import Comparison
 
 _MANY = 10_000  # cells; more are asked about
 _UNBROKEN = 10_000  # characters of a line that goes to no terminal
@@ -41,7 +44,7 @@ _NAME = 24  # characters of a row's name that a line has room for
 @click.option("--jobs", default=1, show_default=True, help="Runs at once, a process each.")
 @click.option("--keep-models", is_flag=True, help="Keep every run's model and page.")
 @click.option("--yes", is_flag=True, help=f"Do not ask about more than {_MANY:,} runs.")
-@format_option("text", "json")
+@format_option("text", "json", "md", "csv")
 def command(
     recipe: Path | None,
     out: Path,
@@ -94,8 +97,19 @@ def command(
     except KeyboardInterrupt as stopped:
         click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
         raise click.exceptions.Exit(exit_code(stopped)) from None
+    show_comparison(comparison, output_format)
+    if comparison.failed:
+        raise click.exceptions.Exit(1)
+
+
+def show_comparison(comparison: "Comparison", output_format: str) -> None:
+    """Print a comparison's table, what failed, and where the page is."""
     if output_format == "json":
         click.echo(to_json(comparison.cells(), indent=2))
+    elif output_format == "md":
+        click.echo((comparison.folder / "table.md").read_text(), nl=False)
+    elif output_format == "csv":
+        click.echo((comparison.folder / "table.csv").read_text(), nl=False)
     else:
         console, table = Console(), comparison.table()
         if console.is_terminal:
@@ -108,8 +122,6 @@ def command(
                 text = f"failed: {row.variant.name}, seed {seed}: {reason}"
                 console.print(text, style="yellow", markup=False)
         console.print(f"report {comparison.folder / 'report.html'}", soft_wrap=True)
-    if comparison.failed:
-        raise click.exceptions.Exit(1)
 
 
 def _fitting(table: Grid, console: Console) -> Grid:

@@ -41,10 +41,19 @@ def command(
     files: Path | None,
     output_format: str,
 ) -> None:
-    """Print the tables of a RUN and write its page anew.
+    """Print the tables of a RUN, or of a comparison's folder, and write its page anew.
 
     md prints the tables in Markdown; csv prints that of the rounds, and --files has the others.
     """
+    if not RunRecord(run).config_path.is_file() and (run / "cells.jsonl").is_file():
+        given = {"--against": against, "--picture": picture, "--files": files}
+        if unused := [option for option, value in given.items() if value]:
+            raise ConfigError(
+                f"{run} is the folder of a comparison, and {unused[0]} is for a run's; leave it "
+                f"out: pictures and tables are in the folder"
+            )
+        _report_comparison(run, output_format)
+        return
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
     for each in (record, *beside):
         list(each.rounds())  # what cannot be read is refused; what cannot be written is not
@@ -62,6 +71,14 @@ def command(
         _print_tables(record, output_format)
     else:
         show_run(record)
+
+
+def _report_comparison(folder: Path, output_format: str) -> None:
+    # Here, not above: it brings a simulation's libraries, and its command brings this one.
+    from fleet.cli.compare import show_comparison
+    from simulations.compare import redraw
+
+    show_comparison(redraw(folder), output_format)
 
 
 def _print_tables(record: RunRecord, output_format: str) -> None:

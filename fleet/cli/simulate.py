@@ -46,8 +46,8 @@ def setting_options(command: Callable) -> Callable:
 @click.option("--engine", help='local (in this process) or flower (Ray). [default: "local"]')
 @click.option(
     "--workers",
-    default="1",
-    help="Processes that clients run in (engine local); 1: this one; auto: one for each core.",
+    help="Processes that clients run in (engine local); 1: this one; auto: one for each core. "
+    "[default: 1]",
 )
 @click.option(
     "--attack",
@@ -66,7 +66,7 @@ def command(
     recipe: Path | None,
     interrupted: Path | None,
     engine: str | None,
-    workers: str,
+    workers: str | None,
     attack: str | None,
     hostile: float | None,
     drop: float | None,
@@ -95,8 +95,11 @@ def command(
     given = {"attack": attack, "hostile": hostile, "drop": drop}
     adversity |= {key: value for key, value in given.items() if value is not None}
     settings |= {k.replace("_", "-"): v for k, v in options.items() if v is not None}
-    in_recipe = adversity.pop("engine", "local")
-    engine = in_recipe if engine is None else engine
+    in_recipe = {"engine": "local", "workers": 1} | adversity
+    engine = in_recipe["engine"] if engine is None else engine
+    workers = in_recipe["workers"] if workers is None else workers
+    for key in ("engine", "workers"):
+        adversity.pop(key, None)
     config = read_config(default_settings() | settings)
     # Named here, so that an interrupted run can say where it is.
     record = RunRecord(Path(config.run_dir)) if interrupted else RunRecord.reserve(config.run_dir)
@@ -125,10 +128,10 @@ def command(
         show_run(record)
 
 
-def _beside_config(engine: str, workers: str, log_to: Sequence[str]) -> str:
+def _beside_config(engine: str, workers: str | int, log_to: Sequence[str]) -> str:
     """Options that a run's config.toml does not hold, as they follow it on a command line."""
     words = [] if engine == "local" else ["--engine", engine]
-    words += [] if workers == "1" else ["--workers", workers]
+    words += [] if str(workers) == "1" else ["--workers", str(workers)]
     for each in log_to:
         words += ["--log-to", each]
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -2,7 +2,7 @@
 
 from fleet.report.beside import Outcome
 from fleet.report.files import write_files
-from fleet.report.grid import Grid, as_csv, as_html, as_markdown, as_text
+from fleet.report.grid import Grid, as_csv, as_html, as_markdown, as_text, spreadsheet_cell
 from fleet.report.page import write_comparison, write_page
 from fleet.report.participation import Group, Part, by_blocks, participation
 from fleet.report.picture import accuracy_picture
@@ -30,6 +30,7 @@ __all__ = [
     "refusals",
     "round_line",
     "run_values",
+    "spreadsheet_cell",
     "tables",
     "write_comparison",
     "write_files",

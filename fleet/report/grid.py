@@ -98,8 +98,16 @@ def as_csv(grid: Grid) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(grid.columns)
-    writer.writerows([_spread(cell) for cell in row] for row in grid.rows)
+    writer.writerows([spreadsheet_cell(cell) for cell in row] for row in grid.rows)
     return buffer.getvalue()
+
+
+def spreadsheet_cell(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula; empty for what is not known."""
+    if cell == _MISSING:
+        return ""
+    is_number = re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?", cell)
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not is_number else cell
 
 
 def _is_words(grid: Grid, column: int) -> bool:
@@ -109,10 +117,3 @@ def _is_words(grid: Grid, column: int) -> bool:
 def _marked(text: str) -> str:
     """Text that Markdown takes for nothing else."""
     return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(text.split()))
-
-
-def _spread(cell: str) -> str:
-    if cell == _MISSING:
-        return ""
-    is_number = re.fullmatch(r"[-+]?[\d,.]+", cell)
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not is_number else cell

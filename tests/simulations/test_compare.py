@@ -1,6 +1,7 @@
 """Comparisons that really run: what is there is kept, what is damaged or failed is told."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import tomllib
 
 import psutil
 import pytest
@@ -18,8 +20,9 @@ from fleet.errors import ConfigError
 from fleet.records import RunRecord
 from simulations import compare
 from simulations.cells import Keys
-from simulations.compare import load_recipe
+from simulations.compare import load_recipe, redraw
 from simulations.comparison import COLUMNS
+from simulations.recipe import recipe_of
 from tests.commands import FLEET
 from tests.runs import SMALL
 
@@ -86,7 +89,9 @@ def test_what_is_written_says_what_the_records_say(first):
     for row, name in zip(rows, ("codec=float32", "codec=int8"), strict=True):
         accuracy = [cell["accuracy"] for cell in cells if cell["row"] == name]
         assert row["row"] == name and row["seeds"] == "2"
-        assert float(row["accuracy_mean"]) == pytest.approx(sum(accuracy) / 2)
+        assert float(row["accuracy %, mean"]) == pytest.approx(100 * sum(accuracy) / 2)
+        sent = [cell["bytes-up"] / 2**20 for cell in cells if cell["row"] == name]
+        assert float(row["MiB up, mean"]) == pytest.approx(sum(sent) / 2)
     table = (folder / "table.md").read_text()
     assert "codec=int8" in table and "difference, points" in table
     page = (folder / "report.html").read_text()
@@ -147,6 +152,27 @@ def test_a_kept_model_that_was_removed_to_make_room_is_no_damage(copy):
     assert ran == [] and notes == ["1 of 1 runs are there already"]
     _, ran, _ = again(copy, recipe, keep_models=True)
     assert len(ran) == 1
+
+
+def test_a_run_by_workers_is_the_same_run(copy):
+    recipe = RECIPE | {"seeds": [0, 2], "vary": {"codec": ["int8"]}}
+    with_workers = recipe | {"settings": SMALL | {"workers": 2}}
+    comparison, ran, notes = again(copy, with_workers)
+    assert [seed for _, seed, *_ in ran] == [2] and comparison.failed == 0
+    assert notes == ["1 of 2 runs are there already"]
+    _, ran, notes = again(copy, recipe)
+    assert ran == [] and notes == ["2 of 2 runs are there already"]
+
+
+def test_a_runs_own_configuration_is_a_recipe_of_that_run(first, copy):
+    before = first[0].rows[1].runs[1][0]
+    asked = load_recipe(before.config_path)
+    (variant,) = asked.variants()
+    assert asked.seeds == (1,) and variant == first[0].rows[1].variant.__class__(
+        **vars(first[0].rows[1].variant) | {"name": "as set"}
+    )
+    _, ran, notes = again(copy, before.config_path)
+    assert ran == [] and notes == ["1 of 1 runs are there already"]
 
 
 def test_a_further_seed_runs_alone(copy):
@@ -384,3 +410,63 @@ def test_columns_that_name_none_are_refused(tmp_path):
     result = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), "--columns", ""])
     assert result.exit_code == 1
     assert "--columns names none, got ''; name some, as accuracy,bytes-up, or" in result.output
+
+
+def test_a_comparisons_folder_is_drawn_again(copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    for name in ("report.html", "table.md", "table.csv", "accuracy-by-row.svg"):
+        (copy / name).unlink()
+    result = CliRunner().invoke(main, ["report", str(copy)])
+    assert result.exit_code == 0, result.output
+    assert "codec=int8" in result.output and f"report {copy}/report.html" in result.output
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+    as_csv = CliRunner().invoke(main, ["report", str(copy), "--format", "csv"])
+    assert as_csv.stdout == (copy / "table.csv").read_text()
+    refused = CliRunner().invoke(main, ["report", str(copy), "--files", "elsewhere"])
+    assert f"{copy} is the folder of a comparison, and --files is for a run's" in refused.output
+
+
+def test_of_a_comparison_that_is_drawn_again_a_damaged_run_is_told(first, copy):
+    run = copy / "runs" / first[0].rows[1].runs[0][0].path.name
+    (run / "rounds.jsonl").write_text("{")
+    result = CliRunner().invoke(main, ["report", str(copy)])
+    assert result.exit_code == 0
+    told = f"its run runs/{run.name} is damaged: rounds.jsonl is not as it was written"
+    assert f"failed: codec=int8, seed 0: {told}" in result.output
+    (copy / "cells.jsonl").write_text("[]\n")
+    with pytest.raises(ConfigError, match=r"cells\.jsonl is damaged: .*; run the comparison again"):
+        redraw(copy)
+    (copy / "recipe.toml").unlink()
+    with pytest.raises(ConfigError, match=r"holds no comparison: there is no recipe\.toml"):
+        redraw(copy)
+
+
+def test_the_recipe_in_the_folder_is_the_one_that_was_asked_for(first):
+    asked = first[0].recipe
+    assert load_recipe(first[0].folder / "recipe.toml") == asked
+    whole = load_recipe(
+        {
+            "title": "All",
+            "seeds": [3, 1],
+            "target": 0.5,
+            "columns": ["accuracy"],
+            "within": ["partition"],
+            "settings": SMALL | {"hostile": 0.5, "attack": "nan"},
+            "vary": {"partition": ["iid"], "head-start": [True, False]},
+            "rows": [{"name": 'a "b"', "codec": "int8"}],
+        }
+    )
+    assert recipe_of(tomllib.loads(whole.as_toml()), tuple(COLUMNS)) == whole
+
+
+def test_a_row_named_like_a_formula_is_text_to_a_spreadsheet(first, tmp_path):
+    rows = [
+        dataclasses.replace(row, variant=dataclasses.replace(row.variant, name=name))
+        for row, name in zip(first[0].rows, ('=HYPERLINK("x")', "@SUM(1)"), strict=True)
+    ]
+    comparison = dataclasses.replace(first[0], folder=tmp_path, rows=rows)
+    names, changes = [], []
+    for line in csv.DictReader(comparison._csv().splitlines()):
+        names.append(line["row"])
+        changes.append(float(line["accuracy %, difference"]))
+    assert names == ['\'=HYPERLINK("x")', "'@SUM(1)"] and changes[0] == 0

@@ -49,6 +49,7 @@ def test_all_that_a_cell_imports_decides_but_what_shows_results(tmp_path):
         "folder": str(tmp_path / "runs"),
         "settings": {**default_settings(), **EVERYTHING, "seed": 0, "state-dir": ""},
         "engine": "local",
+        "workers": 1,
         "adversity": {"attack": "sign_flip:10", "hostile": 0.25, "drop": 0.01},
         "keep_models": True,
     }

@@ -49,7 +49,10 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
             {"settings": {"ruonds": 3}},
             "known: rounds, [a-z-]+, [a-z-]+ and [0-9]+ more, which fleet simulate --help lists",
         ),
-        ({"simulation": {"lag": 3}}, r"\[simulation\] has lag; known: engine, attack, hostile"),
+        (
+            {"simulation": {"lag": 3}},
+            r"\[simulation\] has lag; known: engine, workers, attack, hostile",
+        ),
         (
             {"settings": {"drop": 0.1}, "simulation": {"drop": 0.2}},
             r"recipe has drop = 0\.1 among its settings and drop = 0\.2 in \[simulation\]",
@@ -69,6 +72,12 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
             "codec-up is in row a and in vary; leave one of them out",
         ),
         ({"title": 3}, "title must be text, got 3"),
+        (
+            {"vary": {"workers": [1, 2]}},
+            "vary: workers is for all runs, as it changes none of their results; put it into",
+        ),
+        ({"rows": [{"name": "a", "workers": 2}]}, "a: workers is for all runs"),
+        ({"settings": {"resume": True}}, "settings: a comparison has no resume; the same command"),
     ],
 )
 def test_a_recipe_that_will_not_do_is_refused_with_the_way_out(values, text):
@@ -85,6 +94,8 @@ def test_a_recipe_that_will_not_do_is_refused_with_the_way_out(values, text):
         ({"codec": "int5"}, "row as set: .*int5.*known"),
         ({"rule": "meen"}, "row as set: .*meen"),
         ({"engine": "warp"}, "row as set: unknown engine warp; known: "),
+        ({"workers": 0}, "row as set: workers must be a whole number from 1 on, or auto; got 0"),
+        ({"workers": 2, "engine": "flower"}, "row as set: workers is 2, and engine flower has"),
         ({"attack": "sing_flip:10", "hostile": 0.2}, "row as set: unknown attack 'sing_flip:10'"),
     ],
 )
