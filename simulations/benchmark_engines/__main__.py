@@ -38,7 +38,8 @@ def main(name: str, venvs: Path | None, repeats: int) -> None:
             click.echo(f"{engine.name}: {costs[engine.name][-1]}", err=True)
     more = " --venvs FOLDER" if venvs else ""
     click.echo(f"    python -m simulations.benchmark_engines --job {name}{more}\n")
-    click.echo(as_markdown(table(known, costs, job)).replace("## ", "### ", 1))
+    made = table(known, costs, job) if job.task else start_table(costs["fleet simulate"], job)
+    click.echo(as_markdown(made).replace("## ", "### ", 1))
     versions = {key: v for of in costs.values() for key, v in of[0].versions.items()}
     named = ", ".join(f"{key} {value}" for key, value in sorted(versions.items()))
     load = os.getloadavg()[2]
@@ -91,6 +92,31 @@ def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
     _, warm, last = job.rounds
     note = NOTE.format(repeats=len(loop), first=warm + 1, last=last)
     return Grid(job.title, columns, rows, note, named=True)
+
+
+def start_table(costs: list[Cost], job: Job) -> Grid:
+    """What the command takes until its first round has ended, beyond imports."""
+    row = (
+        "fleet simulate",
+        _spread([cost.start_seconds for cost in costs], 1),
+        _spread([cost.start_cpu_seconds for cost in costs], 1),
+        _spread([cost.import_seconds for cost in costs], 1),
+        _spread([1000 * cost.cpu_seconds for cost in costs], 0),
+        _spread([1000 * cost.seconds for cost in costs], 0),
+        _spread([cost.peak_bytes / _MIB for cost in costs], 0),
+        f"{costs[0].result:.6f}",
+    )
+    columns = ("command", "start s", "start CPU s", "imports s", "CPU ms a round")
+    _, warm, last = job.rounds
+    note = (
+        f"Medians of {len(costs)} runs, in brackets the lowest and the highest. Start: from the "
+        f"start of the process to the end of round 1, model and evaluation included, less the "
+        f"imports of PyTorch and Flower; by the clock, and CPU of all processes. "
+        f"CPU: of a round, rounds {warm + 1} to {last}. No features "
+        f"were cached before. Loss: of the last model."
+    )
+    columns += ("wall ms a round", "peak MiB", "loss")
+    return Grid(job.title, columns, [row], note, named=True)
 
 
 def _spread(values: list[float], digits: int) -> str:

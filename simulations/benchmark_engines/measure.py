@@ -23,7 +23,7 @@ class Job:
 
     Attributes:
         title: its size.
-        task: module in `jobs/`.
+        task: module in `jobs/`; empty of the command `fleet simulate`, which has its own.
         rounds: at whose ends it is looked at; between the last two it is in its steady state.
     """
 
@@ -42,6 +42,12 @@ JOBS = {
         "MobileNetV2, 2,236,682 parameters, 20 clients × 8 images of 32 px, 5 a round, batch 4",
         "mobilenet_task",
         (1, 3, 23),
+    ),
+    "simulate": Job(
+        "fleet simulate: pretrained EfficientNet-Lite0, MobileTL of one block, 2 clients × 50 "
+        "digits of 32 px",
+        "",
+        (1, 3, 13),
     ),
 }
 
@@ -74,6 +80,8 @@ class Cost:
         versions: of what it ran on.
         peak_bytes: the most that all its processes were seen to hold at once; shared pages count
             once.
+        import_seconds: of PyTorch and Flower, which are not counted.
+        start_cpu_seconds: CPU of all processes until then, less that of these imports.
     """
 
     start_seconds: float
@@ -82,15 +90,19 @@ class Cost:
     result: float
     versions: Mapping[str, str]
     peak_bytes: int = 0
+    import_seconds: float = 0.0
+    start_cpu_seconds: float = 0.0
 
 
 def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
-    """Those that can run a job here; the plain loop first."""
+    """Those that can run a job here; the plain loop first, where it is one."""
     found = [
         Engine("plain loop", sys.executable, ("loop_job.py", job.task)),
         Engine("ours", sys.executable, ("flower_job.py", job.task, "local")),
         Engine("Flower's (Ray)", sys.executable, ("flower_job.py", job.task, "flower")),
     ]
+    if not job.task:
+        return [Engine("fleet simulate", sys.executable, ("simulate_job.py",))]
     if job != JOBS["small"]:  # the others' jobs know no other task
         return found
     for name, venv, words in (
@@ -134,11 +146,13 @@ def read_cost(report: Mapping) -> Cost:
     marks = {int(number): mark for number, mark in report["rounds"].items()}
     first, *_, last = sorted(marks)
     warm = sorted(marks)[-2]
-    rounds = last - warm
+    rounds, imports = last - warm, sum(report["imports"].values())
     return Cost(
-        start_seconds=marks[first]["seconds"] - sum(report["imports"].values()),
+        start_seconds=marks[first]["seconds"] - imports,
         cpu_seconds=(marks[last]["cpu"] - marks[warm]["cpu"]) / rounds,
         seconds=(marks[last]["seconds"] - marks[warm]["seconds"]) / rounds,
         result=report["result"],
         versions=report["versions"],
+        import_seconds=imports,
+        start_cpu_seconds=marks[first]["cpu"] - report["import_cpu"],
     )

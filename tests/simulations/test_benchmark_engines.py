@@ -3,7 +3,7 @@
 import pytest
 
 from fleet.errors import ConfigError
-from simulations.benchmark_engines.__main__ import table
+from simulations.benchmark_engines.__main__ import start_table, table
 from simulations.benchmark_engines.measure import JOBS, Cost, Engine, engines, read_cost, run_job
 
 
@@ -35,6 +35,7 @@ def test_a_cost_is_of_the_rounds_between_two_looks():
     cost = read_cost(
         {
             "imports": {"torch": 2.0, "flwr": 0.5},
+            "import_cpu": 1.75,
             "rounds": {
                 "1": {"seconds": 4.0, "cpu": 3.0},
                 "5": {"seconds": 5.0, "cpu": 4.0},
@@ -45,6 +46,15 @@ def test_a_cost_is_of_the_rounds_between_two_looks():
         }
     )
     assert (cost.start_seconds, cost.cpu_seconds, cost.seconds) == (1.5, 0.25, 0.5)
+    assert (cost.import_seconds, cost.start_cpu_seconds) == (2.5, 1.25)
+
+
+def test_the_command_itself_is_timed_to_the_end_of_its_first_round():
+    (engine,) = engines(None, JOBS["simulate"])
+    cost = run_job(engine, (1, 2, 3))
+    assert 0 < cost.result < 2.5 and cost.start_seconds > 0 and cost.import_seconds > 0
+    (row,) = start_table([cost], JOBS["simulate"]).rows
+    assert row[0] == "fleet simulate" and row[1].startswith(f"{cost.start_seconds:.1f} (")
 
 
 def test_ratios_are_of_runs_beside_each_other():

@@ -34,6 +34,7 @@ class Marks:
         self.rounds = sorted(int(word) for word in words[1].split(","))
         self.rest = words[2:]
         self._imports: dict[str, float] = {}
+        self._import_cpu = 0.0
         self._noted: dict[int, dict[str, float]] = {}
 
     @property
@@ -43,9 +44,10 @@ class Marks:
 
     def imported(self, name: str, load: Callable[[], object]) -> None:
         """Time an import that every engine has to make, and that is not counted as its start."""
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         load()
         self._imports[name] = time.perf_counter() - began
+        self._import_cpu += time.process_time() - used
 
     def note(self, server_round: int) -> None:
         """Called at the end of every round, counted from 1."""
@@ -56,4 +58,5 @@ class Marks:
     def report(self, result: float, versions: Mapping[str, str]) -> None:
         """Print what was noted; `result` shows whether engines computed the same."""
         row = {"imports": self._imports, "rounds": self._noted, "result": result}
+        row["import_cpu"] = self._import_cpu
         print("REPORT " + json.dumps(row | {"versions": dict(versions)}), flush=True)
