@@ -154,7 +154,8 @@ def _draw_together(
     texts = [axes.text(1.04, 0.5, name, transform=axes.transAxes, va="center") for name in names]
     figure.draw_without_rendering()
     height = axes.get_window_extent().height
-    gap = 1.25 * lines_in(names) * texts[0].get_fontsize() * figure.dpi / 72 / height
+    gap = 1.55 * lines_in(names) - 0.3  # lines of text; names of two stand apart
+    gap *= texts[0].get_fontsize() * figure.dpi / 72 / height
     to_axes = axes.transData + axes.transAxes.inverted()
     starts = to_axes.transform(ends)
     heights = place_labels([y for _, y in starts], gap, 0.02, 0.98)
