@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,9 +16,6 @@ from fleet.config import read_toml
 from fleet.errors import ConfigError
 from fleet.records import to_json
 from fleet.report import Grid, as_text
-
-if TYPE_CHECKING:
-    from simulations.comparison import Comparison
 
 _MANY = 10_000  # cells; more are asked about
 _UNBROKEN = 10_000  # characters of a line that goes to no terminal
@@ -102,8 +99,12 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def show_comparison(comparison: "Comparison", output_format: str) -> None:
-    """Print a comparison's table, what failed, and where the page is."""
+def show_comparison(comparison: Any, output_format: str) -> None:
+    """Print a comparison's table, what failed, and where the page is.
+
+    Args:
+        comparison: a `simulations.comparison.Comparison`.
+    """
     if output_format == "json":
         click.echo(to_json(comparison.cells(), indent=2))
     elif output_format == "md":
