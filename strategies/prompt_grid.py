@@ -6,10 +6,11 @@ round ends at its deadline, without the updates of devices that were in time.
 """
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Error, Message
 from flwr.app.message import make_message
@@ -17,11 +18,14 @@ from flwr.common.serde import metadata_from_proto
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
-from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
 from fleet.message import REFUSED
 
+if TYPE_CHECKING:
+    from flwr.superlink.grid.http_grid import HttpGrid
+
+_OF_DEVICES = "flwr.superlink.grid.http_grid"
 _WAIT_SECONDS = 1.0  # in which most replies that are announced come whole
 # What building a reply from bytes that are none raises. A network that fails raises others.
 _UNREADABLE = (
@@ -38,7 +42,9 @@ _UNREADABLE = (
 
 def prompt(grid: Grid) -> Grid:
     """The grid of a server with devices made prompt; those of simulations are as they are."""
-    return PromptGrid(grid) if isinstance(grid, HttpGrid) else grid
+    # Whoever has such a grid has imported it. It brings a web server, half a second of a start.
+    module = sys.modules.get(_OF_DEVICES)
+    return PromptGrid(grid) if module and isinstance(grid, module.HttpGrid) else grid
 
 
 class PromptGrid(Grid):
@@ -52,7 +58,7 @@ class PromptGrid(Grid):
         wait_seconds: that `pull_messages` waits for replies that it finds announced.
     """
 
-    def __init__(self, grid: HttpGrid, wait_seconds: float = _WAIT_SECONDS) -> None:
+    def __init__(self, grid: "HttpGrid", wait_seconds: float = _WAIT_SECONDS) -> None:
         self._grid = grid
         self._wait_seconds = wait_seconds
         self._changed = threading.Condition()

@@ -1,16 +1,19 @@
 """Which client holds which examples: Flower's partitioners, made safe for any run."""
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from fleet.data.images import need
+from fleet.data.images import found, need
 from fleet.errors import ConfigError
 
 FORMS = "iid, dirichlet:ALPHA (as dirichlet:0.5), classes:N (as classes:2)"
 
+_PARTITIONERS = "flwr_datasets.partitioner"
 # Flower redraws a Dirichlet partition ten times, which leaves small alphas to luck.
 DIRICHLET_SEEDS = 10
 
@@ -85,8 +88,27 @@ def _number(spec: str, value: str, kind: Callable[[str], Any]) -> Any:
     return number
 
 
+def _partitioners() -> ModuleType:
+    """Flower's partitioners, without the rest of their package.
+
+    That rest draws and measures partitions: with Matplotlib, seaborn, SciPy and pandas it takes
+    longer to import than a small run takes. So while they are imported their package is one
+    that has nothing in it; whoever asks for it afterwards gets the real one.
+    """
+    package, _, _ = _PARTITIONERS.partition(".")
+    if package in sys.modules:
+        return need(_PARTITIONERS, "a partition")
+    empty = ModuleType(package)
+    empty.__path__ = [str(found(package, "a partition"))]
+    sys.modules[package] = empty
+    try:
+        return need(_PARTITIONERS, "a partition")
+    finally:
+        del sys.modules[package]
+
+
 def _iid(labels: np.ndarray, num_partitions: int, seed: int) -> list[np.ndarray]:
-    flower = need("flwr_datasets.partitioner", "a partition")
+    flower = _partitioners()
     # Flower's partitioner cuts the rows as they lie, and folders lie sorted by class.
     order = np.random.default_rng(seed).permutation(len(labels))
     return _deal(flower.IidPartitioner(num_partitions), order, labels[order])
@@ -95,7 +117,7 @@ def _iid(labels: np.ndarray, num_partitions: int, seed: int) -> list[np.ndarray]
 def _dirichlet(
     labels: np.ndarray, alpha: float, num_partitions: int, seed: int
 ) -> list[np.ndarray]:
-    flower = need("flwr_datasets.partitioner", "a partition")
+    flower = _partitioners()
     wanted = max(2, min(10, len(labels) // (2 * num_partitions)))
     for minimum in sorted({wanted, (wanted + 2) // 2, 2}, reverse=True):
         for attempt in range(DIRICHLET_SEEDS):
@@ -120,7 +142,7 @@ def _dirichlet(
 def _classes(
     labels: np.ndarray, per_client: int, num_partitions: int, seed: int
 ) -> list[np.ndarray]:
-    flower = need("flwr_datasets.partitioner", "a partition")
+    flower = _partitioners()
     names, sizes = np.unique(labels, return_counts=True)
     groups = _class_groups(len(names), per_client, num_partitions, seed)
     per_client = per_client if len(set(groups)) == len(names) else 1

@@ -592,6 +592,25 @@ print(len(load_data({str(tmp_path)!r}, "train")))
     assert ran.stdout.strip() == "24"
 
 
+def test_a_partition_brings_nothing_that_draws_and_leaves_flowers_package_whole():
+    program = """
+import sys
+from fleet.data import partition
+parts = partition([0, 1] * 20, "dirichlet:1", 2, 0)
+brought = {"matplotlib", "seaborn", "scipy", "flwr_datasets"} & sys.modules.keys()
+print(sum(map(len, parts)), brought)
+import flwr_datasets
+from flwr_datasets.visualization import plot_label_distributions
+ours = flwr_datasets.partitioner.DirichletPartitioner
+from fleet.data.partitions import _partitioners
+print(flwr_datasets.FederatedDataset.__name__, ours is _partitioners().DirichletPartitioner)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines() == ["40 set()", "FederatedDataset True"]
+
+
 def test_digits_are_read_without_importing_scikit_learn():
     program = """
 import sys

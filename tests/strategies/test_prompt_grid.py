@@ -1,6 +1,8 @@
 """Flower's own grid of a ServerApp over a SuperLink that is played."""
 
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -328,3 +330,13 @@ def test_an_introduction_that_cannot_be_read_turns_away_its_node_alone(superlink
 def test_a_grid_of_a_simulation_stays_as_it_is(scripted_grid):
     grid = scripted_grid({})
     assert prompt(grid) is grid
+
+
+def test_a_simulation_does_without_flowers_own_grid():
+    program = (
+        "import sys, strategies.server_app; print('flwr.superlink.grid.http_grid' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "False\n"
