@@ -1,6 +1,6 @@
 """The claim itself: MobileTL trains where the system ends training by stock autograd.
 
-Each contender takes three steps in a process of its own, run as
+Each contender takes two steps, the second with momentum, in a process of its own, run as
 
 python tests/fleet/test_memory_limit.py METHOD [ALLOWANCE_MIB]
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 MIB = 2**20
-IMAGE_SIZE, BATCH_SIZE, BLOCKS, STEPS = 160, 32, 5, 3
+IMAGE_SIZE, BATCH_SIZE, BLOCKS, STEPS = 160, 32, 5, 2
 # For what PyTorch's allocator does not count: gaps of the C library's heap and compiled kernels.
 # By the command above `mobiletl` got by with 60 MiB, `blocks` did not with 110. Forks of eleven
 # such processes, whose heaps' pieces lay where they happened to, needed from 51 to 58.
@@ -80,8 +80,8 @@ def test_stock_autograd_is_ended_by_the_limit(method):
     assert ran_out_of_memory(done), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("method", ["mobiletl", "blocks", "full"])
-def test_without_the_limit_all_of_them_train(method):
+@pytest.mark.parametrize("method", ["blocks", "full"])
+def test_without_the_limit_they_train_too(method):
     done = train(method)
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout)["losses"]

@@ -175,41 +175,43 @@ def test_a_runs_own_configuration_is_a_recipe_of_that_run(first, copy):
     assert ran == [] and notes == ["1 of 1 runs are there already"]
 
 
-def test_a_further_seed_runs_alone(copy):
-    comparison, ran, _ = again(copy, RECIPE | {"seeds": 3, "vary": {"codec": ["int8"]}})
-    assert [(name, seed) for name, seed, *_ in ran] == [("codec=int8", 2)]
-    assert sorted(comparison.rows[0].runs) == [0, 1, 2]
-
-
 def test_a_runs_own_folder_is_not_written_over(copy):
     (run, *_) = (path for path in (copy / "runs").iterdir() if path.is_dir())
     with pytest.raises(ConfigError, match=r"is the folder of a run, .* name another folder"):
         again(run)
 
 
-def test_a_run_without_its_measurements_is_run_again(copy):
-    recipe = RECIPE | {"seeds": 1, "vary": {"codec": ["int8"]}}
-    comparison, _, _ = again(copy, recipe)
-    cell = comparison.rows[0].runs[0][0].path / "cell.json"
-    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"measured": {}}))
-    _, ran, notes = again(copy, recipe)
-    assert len(ran) == 1 and "cell.json is damaged: 'device_flops'" in notes[0]
+def without_measurements(cell):
+    return json.dumps(json.loads(cell) | {"measured": {}})
 
 
-def test_damaged_runs_are_set_aside_named_and_run_again(first, copy):
-    whole = [("codec=float32", 1), ("codec=int8", 0), ("codec=int8", 1)]
+DAMAGE = {  # run → its file, what becomes of that, and what is said of it
+    ("codec=float32", 0): ("rounds.jsonl", lambda whole: "{", "damaged ("),
+    ("codec=float32", 1): ("summary.json", lambda whole: "{", "damaged ("),
+    ("codec=int8", 0): ("cell.json", lambda whole: "{", "damaged ("),
+    ("codec=int8", 1): ("cell.json", without_measurements, "cell.json is damaged: 'device_flops'"),
+}
+
+
+def test_damaged_runs_are_set_aside_named_and_run_again_and_a_further_seed_runs_too(first, copy):
     rows = {row.variant.name: row for row in first[0].rows}
-    files = ["rounds.jsonl", "summary.json", "cell.json"]
-    keys = [rows[name].runs[seed][0].path.name for name, seed in whole]
+    keys = [rows[name].runs[seed][0].path.name for name, seed in DAMAGE]
     before = [accuracies(copy / "runs" / key) for key in keys]
-    for key, file in zip(keys, files, strict=True):
-        (copy / "runs" / key / file).write_text("{")
-    _, ran, notes = again(copy)
-    assert [(row, seed) for row, seed, *_ in ran] == whole
-    for (name, seed), key, file, note in zip(whole, keys, files, notes, strict=False):
+    damaged = {}
+    for key, (file, damage, _) in zip(keys, DAMAGE.values(), strict=True):
+        path = copy / "runs" / key / file
+        path.write_text(damage(path.read_text()))
+        damaged[key] = path.read_text()
+    comparison, ran, notes = again(copy, RECIPE | {"seeds": 3})
+    further = [("codec=float32", 2), ("codec=int8", 2)]
+    assert sorted((row, seed) for row, seed, *_ in ran) == sorted([*DAMAGE, *further])
+    assert all(sorted(row.runs) == [0, 1, 2] for row in comparison.rows)
+    for key, ((name, seed), (file, _, said)), note in zip(
+        keys, DAMAGE.items(), notes, strict=False
+    ):
         place = copy / "runs" / f"{key}.corrupt-1"
-        assert (place / file).read_text() == "{"
-        assert note.startswith(f"the run of {name}, seed {seed}, is damaged (")
+        assert (place / file).read_text() == damaged[key]
+        assert note.startswith(f"the run of {name}, seed {seed}, is damaged (") and said in note
         assert f"it is set aside as {place} and run again" in note
     assert [accuracies(copy / "runs" / key) for key in keys] == before
 
