@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from fleet.data.augment import AUGMENTATIONS, random_box, view_of
 from fleet.errors import ConfigError
+from tests.many import many
 
 REPO = Path(__file__).parents[2]
 SIZES = [(64, 64), (40, 23), (23, 40), (300, 60), (1, 50), (50, 1), (1, 1), (2, 3)]
@@ -51,14 +52,14 @@ def test_view_nought_is_the_image_itself(kinds):
     assert view_of(image, kinds, identity(0), 0) is image
 
 
-@pytest.mark.parametrize("view", range(5))
+@many("view", range(5))
 def test_none_gives_the_image_for_every_view(view):
     image = photo()
     assert view_of(image, "none", identity(0), view) is image
 
 
 @pytest.mark.parametrize("kinds", AUGMENTATIONS[1:])
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_a_view_is_decided_by_identity_and_number(kinds, seed):
     image, original = photo(), photo()
 

@@ -31,6 +31,7 @@ from fleet.data import (
 from fleet.data.folders import image_files
 from fleet.data.splits import draw_stratified
 from fleet.errors import ConfigError
+from tests.many import many
 
 REPO = Path(__file__).parents[2]
 CIFAR10 = REPO.parent / "shared/data/cifar10"
@@ -171,7 +172,7 @@ def test_a_subset_of_a_subset_reads_the_right_images():
 # Splits
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_draws_are_as_proportional_as_whole_examples_allow(seed):
     labels = np.random.default_rng(seed).choice(5, 200, p=[0.5, 0.3, 0.1, 0.06, 0.04])
     drawn = draw_stratified(labels, 60, seed)
@@ -189,7 +190,7 @@ def test_validation_has_scikit_learns_class_counts():
     assert abs(counts(validation) - np.bincount(theirs)).max() <= 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_training_and_validation_share_nothing_and_lose_nothing(seed):
     data = toy(random_labels(seed, num_examples=100))
     train, validation = split_validation(data, 0.2, seed)
@@ -794,7 +795,7 @@ SPECS = ["iid", "dirichlet:0.1", "dirichlet:1", "classes:2", "classes:10"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("seed", range(4))
+@many("seed", range(4))
 def test_partitions_are_a_disjoint_cover_without_empty_parts(spec, seed):
     labels = random_labels(seed)
     for clients in (1, 5, 12):
@@ -855,7 +856,7 @@ def flowers_parts(partitioner, labels, order):
 
 @pytest.mark.filterwarnings("ignore:The specified min_partition_size")
 @pytest.mark.parametrize(("alpha", "clients"), [(0.2, 5), (0.5, 5), (1.0, 1), (1.5, 20)])
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_dirichlet_is_flowers_own_partition_for_the_seed(alpha, clients, seed):
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -967,7 +968,7 @@ def test_a_missing_extra_is_named(module, call, tmp_path, monkeypatch):
 # Order of an epoch
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_a_shuffled_epoch_visits_every_image_once(seed):
     labels = np.random.default_rng(seed).integers(4, size=50)
     order = visiting_order(labels, "shuffled", np.random.default_rng(seed))
@@ -980,7 +981,7 @@ def chi_square(observed):
     return float((np.square(observed - expected) / expected).sum())
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_a_balanced_epoch_draws_classes_and_their_images_alike(seed):
     """χ² of 4 and of up to 59 degrees of freedom; 23.5 and 110 are exceeded once in 10,000."""
     rng = np.random.default_rng(seed)

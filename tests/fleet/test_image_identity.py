@@ -12,6 +12,7 @@ from PIL import Image
 
 from fleet.data import ImageData, load_data, partition, split_validation
 from fleet.errors import ConfigError
+from tests.many import many
 
 
 def blake2b(content):
@@ -140,7 +141,7 @@ def test_torchvisions_own_flowers_and_food_name_their_files():
         assert "_image_files" in kind.__init__.__code__.co_names
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_subsets_splits_and_partitions_keep_identities(seed):
     data = load_data("digits", "test")
     mine = dict(

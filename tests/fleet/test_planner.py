@@ -17,6 +17,7 @@ from fleet.optim import SGD
 from fleet.plan import make_plan
 from fleet.planner import MIB, afford, available_bytes, batch_sizes_between
 from fleet.train import take_step
+from tests.many import many
 
 BATCH_SIZES = (8, 16, 32)
 EXACT_FIRST = ("float32", "recompute", "bfloat16", "int8")
@@ -301,7 +302,7 @@ def test_batch_sizes_double_up_to_the_largest(smallest, largest, expected):
     assert batch_sizes_between(smallest, largest) == expected
 
 
-@pytest.mark.parametrize("largest", range(1, 70))
+@many("largest", range(1, 70))
 @pytest.mark.parametrize("smallest", [1, 3, 8])
 def test_batch_sizes_rise_and_end_with_the_largest(smallest, largest):
     sizes = batch_sizes_between(smallest, largest)

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from fleet.errors import ConfigError
 from fleet.plan import TensorSpec
 from simulations.attacks import FORMS, alie_z, forge, hostile_clients, read_attack
+from tests.many import many
 from tests.plans import plan_of
 
 SHAPES = {"weight": (4, 3), "shift": (4,), "mean": (4,), "var": (4,)}
@@ -179,7 +180,7 @@ def test_the_hostile_are_a_seeded_draw_of_an_exact_count(clients, share, count):
     assert max(abs(n - 200 * count / clients) for n in times) <= 4 * sigma
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_the_hostile_of_a_smaller_share_stay_hostile_in_a_larger_one(seed):
     draws = [hostile_clients(20, share, seed) for share in (0, 0.1, 0.2, 0.5, 1)]
     assert all(small < large for small, large in itertools.pairwise(draws))

@@ -22,11 +22,12 @@ from simulations.benchmark_scale.__main__ import (
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
 from simulations.benchmark_scale.trend import trend
 from simulations.footprint import bound_on_peak, footprint, resident_alone, watching
+from tests.many import many
 
 MIB = 2**20
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_a_trend_is_numpys_line_and_its_error_numpys(seed):
     rng = np.random.default_rng(seed)
     x = np.sort(rng.uniform(0, 100, 30))

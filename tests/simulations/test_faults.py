@@ -7,6 +7,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fleet.message import Task, write_task
 from simulations.faults import dropping
 from simulations.local_engine import Exchange
+from tests.many import many
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_seed_round_and_client_decide_and_nothing_else():
     assert len({tuple(clients) for clients in [arrived(0.5, 0, 1), *others]}) == 4
 
 
-@pytest.mark.parametrize("server_round", range(1, 20))
+@many("server_round", range(1, 20))
 def test_what_is_lost_at_a_smaller_share_is_lost_at_a_larger_one(server_round):
     assert set(arrived(0.3, 0, server_round)) >= set(arrived(0.6, 0, server_round))
 

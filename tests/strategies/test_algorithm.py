@@ -20,6 +20,7 @@ from strategies.algorithm import (
 from strategies.named import import_named
 from strategies.server_opt import SERVER_OPTIMIZERS, sgd
 from tests import reference
+from tests.many import many
 
 MODULE = """
 from flwr.serverapp.strategy import FedMedian, QFedAvg
@@ -101,7 +102,7 @@ def assert_same(state, other):
         assert_array_equal(array, other.tensors[name], strict=True)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_compose_steps_parameters_and_leaves_statistics_to_the_rule(initial, unequal, seed):
     updates = unequal(np.random.default_rng(seed), blocks=(1, 3, 0))
     step = run(compose(MEAN, sgd(0.5)), initial, [updates])

@@ -19,6 +19,7 @@ from strategies.server_opt import (
     sgd,
     yogi,
 )
+from tests.many import many
 
 ROUNDS = 6
 PAIRS = {
@@ -138,7 +139,7 @@ def test_a_round_that_trained_nothing_changes_nothing(toy_plan, optimizer):
     assert leaves(state).keys() == leaves(state_after).keys()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 @every_optimizer
 def test_a_tensor_steps_as_if_alone_with_only_its_rounds(toy_plan, optimizer, seed):
     rng = np.random.default_rng(seed)

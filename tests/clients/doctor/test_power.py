@@ -10,6 +10,7 @@ from clients.doctor.power import (
     throttled_bits,
     time_sync_finding,
 )
+from tests.many import many
 
 # From Raspberry Pi's documentation of `vcgencmd get_throttled`.
 DOCUMENTED = {
@@ -20,7 +21,7 @@ DOCUMENTED = {
 }
 
 
-@pytest.mark.parametrize("bits", range(16))
+@many("bits", range(16))
 def test_every_combination_of_bits_is_decoded(bits):
     names = [name for bit, name in DOCUMENTED.items() if bits & bit]
     assert decode_throttled(bits) == (names, [])

@@ -18,6 +18,7 @@ from clients.doctor.server import (
     server_findings,
 )
 from tests.deployment import Processes, free_ports, handshake
+from tests.many import many
 
 HOST = "127.0.0.1"
 DAY = 24 * 3600
@@ -180,9 +181,9 @@ def test_an_answer_that_took_too_long_tells_nothing_of_the_clock():
     assert found.fact.startswith(f"{HOST}:8000 answered too slowly to tell, ")
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.999])
-@pytest.mark.parametrize("stale", [0, 1])
-@pytest.mark.parametrize("delay", [0.0, 0.8])
+@many("fraction", [0.0, 0.3, 0.999])
+@many("stale", [0, 1])
+@many("delay", [0.0, 0.8])
 @pytest.mark.parametrize("ahead", [-400, -306.5, -20, 0, 3, 7.5])
 def test_the_true_offset_lies_within_what_is_said(fraction, stale, delay, ahead):
     """Whatever the header's age and wherever in the exchange the server read its clock."""

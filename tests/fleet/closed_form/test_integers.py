@@ -6,6 +6,7 @@ from numpy.testing import assert_array_equal
 
 from fleet.closed_form.integers import Reader, pack, quarter_log2, unpack
 from fleet.errors import UpdateError
+from tests.many import many
 
 
 def read(data, magnitudes):
@@ -21,7 +22,7 @@ def test_quarters_of_bits_are_those_of_the_logarithm():
     assert_array_equal(quarter_log2(np.array([0, -5])), [0, 0])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 def test_numbers_come_back_whatever_was_expected_of_their_size(seed):
     rng = np.random.default_rng(seed)
     length = int(rng.integers(0, 3000))

@@ -8,6 +8,7 @@ from numpy.testing import assert_array_equal
 from fleet.closed_form import Moments, decode_moments, encode_moments
 from fleet.closed_form.wire import _checksum, _pivots
 from fleet.errors import UpdateError
+from tests.many import many
 
 
 def decode(data, moments, **changes):
@@ -27,7 +28,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("images", [1, 2, 7, 30, 100, 500])
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_moments_come_back_to_the_last_bit(seed, images, random_codes, moments_from):
     moments = moments_from(*random_codes(seed, images, features=33))
     assert_same(decode(encode_moments(moments), moments), moments)
@@ -97,7 +98,7 @@ def test_every_cut_is_refused_and_no_change_gets_through(random_codes, moments_f
                 continue
 
 
-@pytest.mark.parametrize("seed", range(200))
+@many("seed", range(200))
 def test_noise_is_refused(seed, random_codes, moments_from):
     moments = moments_from(*random_codes(0, 12))
     rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fleet.codec.bits import bound, inflate, pack, unpack
 from fleet.errors import UpdateError
+from tests.many import many
 
 LEVELS = np.random.default_rng(0).integers(0, 15, 1000).astype(np.uint8)
 
@@ -38,7 +39,7 @@ def test_bytes_that_do_not_compress_stay_within_the_bound(size):
         assert size <= len(pack(levels)) <= bound(size)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_packed_numbers_take_their_entropy(seed):
     levels = of_levels(seed, 30_000, 15)
     shares = np.bincount(levels) / levels.size

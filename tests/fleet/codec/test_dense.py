@@ -9,6 +9,7 @@ from fleet.codec.bits import pack
 from fleet.codec.dense import float16, float32, nearest, quantised, stochastic
 from fleet.errors import UpdateError
 from tests.damage import damaged
+from tests.many import many
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -56,7 +57,7 @@ class EveryWord:
         return np.arange(65536, dtype="<u2").tobytes()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 @pytest.mark.parametrize("magnitude", [1e-6, 0.1, 1.0, 7.0, 127.0])
 def test_rounding_keeps_the_mean_to_2_to_the_minus_17_of_a_level(magnitude, seed):
     level = np.float32(np.random.default_rng(seed).uniform(-magnitude, magnitude))
@@ -87,7 +88,7 @@ def test_stochastic_rounding_is_unbiased_and_less_than_a_level_off(bits, by_chan
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_rounding_to_nearest_is_half_a_level_off_at_most(bits, seed):
     exact = channels(seed)
     decoded = there_and_back(quantised(bits, by_channel=True), exact)
@@ -133,7 +134,7 @@ def test_tensors_of_any_magnitude_come_back_finite_and_not_larger(form, peak):
         np.testing.assert_allclose(decoded[:, 0], array[:, 0], rtol=2**-11)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_a_power_of_two_changes_no_level(seed):
     array = channels(seed)
     for form in (float16(), quantised(4, by_channel=True)):
@@ -143,7 +144,7 @@ def test_a_power_of_two_changes_no_level(seed):
             np.testing.assert_array_equal(scaled, np.ldexp(expected, exponent))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_float32_keeps_every_bit(seed):
     bits = np.random.default_rng(seed).integers(0, 2**32, size=30, dtype=np.uint32)
     special = np.array([-0.0, 0.0, 1e-45, -1e-45, LARGEST, np.inf, -np.inf, np.nan], np.float32)
@@ -152,7 +153,7 @@ def test_float32_keeps_every_bit(seed):
     assert decoded.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 def test_float16_is_as_close_as_it_says(seed):
     rng = np.random.default_rng(seed)
     array = (rng.choice([-1, 1], 2000) * 2.0 ** rng.uniform(-60, 0, 2000)).astype(np.float32)

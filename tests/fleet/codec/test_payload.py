@@ -12,6 +12,7 @@ from fleet.codec.names import BASES
 from fleet.errors import ConfigError, UpdateError
 from fleet.plan import TensorSpec
 from tests.damage import damaged
+from tests.many import many
 from tests.plans import plan_of, random_arrays, toy_plan
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -32,7 +33,7 @@ def sent(arrays, codec, seed=(0,), plan=PLAN):
 
 
 @pytest.mark.parametrize("codec", ["float32", "float32+feedback"])
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 def test_float32_keeps_every_bit(seed, codec):
     arrays = random_arrays(PLAN, seed, scale=1e-20)
     arrays["head.bias"][:2] = -0.0, 1e-45

@@ -13,6 +13,7 @@ from fleet.codec.names import BASES
 from fleet.codec.sparse import keep_largest, sparse
 from fleet.errors import UpdateError
 from tests.damage import damaged
+from tests.many import many
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -56,7 +57,7 @@ def by_sorting(arrays, share):
 
 @pytest.mark.parametrize("share", [1e-9, 0.01, 0.1, 0.5, 0.99])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@many("seed", range(6))
 def test_the_largest_stay_and_of_equal_ones_the_first(seed, ties, share):
     rng = np.random.default_rng(seed)
     arrays = {
@@ -138,7 +139,7 @@ def test_magnitudes_rounded_stochastically_are_unbiased_and_less_than_a_level_of
 
 
 @pytest.mark.parametrize("base", ["int4", "int8"])
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_magnitudes_are_half_a_level_off_at_most_and_ends_are_exact(seed, base):
     array = some(seed)
     decoded = there_and_back(base, array)

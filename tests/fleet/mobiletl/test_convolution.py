@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from fleet.measure import allocator_peak
 from fleet.mobiletl.convolution import Convolution
+from tests.many import many
 
 CONVS = {  # name → conv
     "pointwise": lambda: nn.Conv2d(6, 10, 1, bias=False),
@@ -32,8 +33,8 @@ CONVS = {  # name → conv
 }
 SIZES = [(1, 1), (2, 2), (2, 7), (8, 8), (9, 6)]
 each_conv = pytest.mark.parametrize("name", CONVS)
-each_size = pytest.mark.parametrize("size", SIZES, ids=str)
-with_and_without_norm = pytest.mark.parametrize("with_norm", [True, False], ids=["norm", "alone"])
+each_size = many("size", SIZES)
+with_and_without_norm = many("with_norm", [True, False])
 
 
 def depthwise(kernel, stride=1, dilation=1):

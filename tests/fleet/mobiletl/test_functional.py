@@ -18,6 +18,7 @@ from fleet.mobiletl.functional import (
     sign_mask,
     unpack_bits,
 )
+from tests.many import many
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYOUTS = pytest.mark.parametrize("layout", FORMATS)
@@ -44,7 +45,7 @@ def gradients(y, inputs, seed=1):
     return torch.autograd.grad(y, inputs, cotangent)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 @LAYOUTS
 def test_bits_come_back_in_shape_and_layout(seed, layout):
     rng = np.random.default_rng(seed)
@@ -130,7 +131,7 @@ def test_sign_mask_keeps_one_bit_an_element(shape, layout):
     assert saved.total == -(-x.numel() // 8)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 @LAYOUTS
 def test_shift_norm_is_batch_norm_in_eval_mode_and_its_gradients(seed, layout):
     x, norm = random_map((4, 6, 5, 3), layout, seed), random_norm(6, seed)

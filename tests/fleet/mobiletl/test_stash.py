@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from fleet.errors import ConfigError
 from fleet.mobiletl.stash import check_stash, keep, restore
 from fleet.plan import STASHES
+from tests.many import many
 
 ROUNDED = ("bfloat16", "int8")
 ACTIVATIONS = [None, nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.SiLU()]
@@ -57,7 +58,7 @@ STRANGE = {
 } | {f"all {x}": torch.full((4,), x) for x in (0.0, 6.0, -3.0, 3.0, 1e-40, -1e30, 2.5)}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float32_is_the_map_itself(seed, activation, dtype):
@@ -83,21 +84,21 @@ def test_restored_map_has_the_type_shape_and_layout_of_the_map(stash, activation
     assert back.dtype == torch.float32 and back.shape == x.shape and back.stride() == x.stride()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@many("seed", range(30))
 @pytest.mark.parametrize("activation", [None, nn.SiLU()], ids=repr)
 def test_bfloat16_is_within_half_a_step(seed, activation):
     x = random_map(seed)
     assert_close(restore(keep(x, activation, "bfloat16")), x, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@many("seed", range(30))
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardswish()], ids=repr)
 def test_bfloat16_beside_a_corner_is_within_a_step(seed, activation):
     x = random_map(seed)
     assert_close(restore(keep(x, activation, "bfloat16")), x, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@many("seed", range(30))
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_int8_is_within_half_a_step_where_the_activation_is_not_flat(seed, activation):
     """A step is a 254th of what lies between the flat ends, or between the extremes."""
@@ -110,7 +111,7 @@ def test_int8_is_within_half_a_step_where_the_activation_is_not_flat(seed, activ
     assert_close(*clamped, rtol=1e-6, atol=0.501 * step)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@many("seed", range(30))
 @pytest.mark.parametrize("stash", ROUNDED)
 @RISES
 def test_activation_of_a_rounded_map_rises_where_it_did(seed, stash, activation, rises):
@@ -118,7 +119,7 @@ def test_activation_of_a_rounded_map_rises_where_it_did(seed, stash, activation,
     assert torch.equal(rises(restore(keep(x, activation, stash))), rises(x))
 
 
-@pytest.mark.parametrize("x", STRANGE.values(), ids=STRANGE)
+@many("x", STRANGE.values())
 @pytest.mark.parametrize("stash", ROUNDED)
 @RISES
 def test_strange_maps_rise_where_they_did(x, stash, activation, rises):
@@ -136,7 +137,7 @@ def test_every_pair_of_strange_values_rises_where_it_did(stash, activation, rise
         assert torch.equal(rises(restore(keep(x, activation, stash))), rises(x)), pair
 
 
-@pytest.mark.parametrize("x", STRANGE.values(), ids=STRANGE)
+@many("x", STRANGE.values())
 @pytest.mark.parametrize("stash", ROUNDED)
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()], ids=repr)
 def test_derivatives_of_relus_are_exact(x, stash, activation):

@@ -3,6 +3,7 @@ import pytest
 
 from fleet.records import ClientReport, RoundReport
 from fleet.report import Part, by_blocks, participation
+from tests.many import many
 
 MIB = 2**20
 
@@ -81,7 +82,7 @@ def test_an_older_record_tells_of_those_of_whom_something_came(old_rounds):
     assert parts == {"pi-01": (3, 2, 1), "pi-02": (2, 1, 1), "pi-03": (1, 0, 1)}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 def test_parts_and_groups_add_up_to_what_happened(seed):
     rng = np.random.default_rng(seed)
     names = [f"pi-{number:02}" for number in range(12)]

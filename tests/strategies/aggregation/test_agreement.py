@@ -13,6 +13,7 @@ from strategies.aggregation import rule
 from strategies.aggregation.agreement import contradicting
 from strategies.algorithm import compose
 from strategies.server_opt import sgd
+from tests.many import many
 from tests.plans import plan_of, random_state
 from tests.plans import toy_plan as with_bias
 
@@ -71,7 +72,7 @@ def cosines(updates, weight):
     return found
 
 
-@pytest.mark.parametrize("seed", range(20))
+@many("seed", range(20))
 def test_who_is_left_out_has_a_cosine_below_the_bound(plan, seed):
     rng = np.random.default_rng(seed)
     own = rng.normal(size=(CLASSES, FEATURES))
@@ -113,7 +114,7 @@ def gradient(weight, bias, features, labels):
     return errors.T @ features / len(labels), errors.mean(axis=0)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_a_step_along_the_head_is_what_makes_it_more_sure(seed):
     """⟨−gradient, W⟩ is minus the loss's derivative by a factor on the logits about the mean."""
     rng = np.random.default_rng(seed)
@@ -171,7 +172,7 @@ class Fleet:
             yield set(found)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_clients_that_train_on_wrong_labels_are_left_out_and_honest_ones_are_not(plan, seed):
     first, *others = Fleet(seed, hostile=(2, 5, 7)).left_out(plan)
     assert first == set()  # a head of 0 knows nothing
@@ -179,12 +180,12 @@ def test_clients_that_train_on_wrong_labels_are_left_out_and_honest_ones_are_not
     assert others[-1] == {"pi-2", "pi-5", "pi-7"}  # once the head has learnt
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_without_wrong_labels_nobody_is_left_out(plan, seed):
     assert not set().union(*Fleet(seed).left_out(plan))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_who_alone_holds_a_class_is_heard_in_most_rounds(plan, seed):
     def held(i):
         parts = np.eye(CLASSES)[CLASSES - 1] if i == 0 else np.append(np.ones(CLASSES - 1), 0)

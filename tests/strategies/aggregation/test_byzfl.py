@@ -8,6 +8,7 @@ from strategies.aggregation.centred_clipping import centred_clipping
 from strategies.aggregation.coordinatewise import median, trimmed_mean
 from strategies.aggregation.geometric_median import geometric_median
 from strategies.aggregation.selection import krum, multi_krum
+from tests.many import many
 
 SEEDS = range(10)
 N = 11
@@ -39,9 +40,9 @@ def byzfl():
     return pytest.importorskip("byzfl", reason="byzfl is not installed; it comes with .[test]")
 
 
-@pytest.mark.parametrize("scale", (1.0, 1e-3))
+@many("scale", (1.0, 1e-3))
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_two_rounds_come_out_as_byzfls(byzfl, toy_plan, random_update, poisoned, seed, name, scale):
     rng = np.random.default_rng(seed)
     make_theirs, make_own = PAIRS[name]

@@ -9,12 +9,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from fleet.errors import ConfigError
 from strategies.aggregation.centred_clipping import centred_clipping
 from tests import reference
+from tests.many import many
 
 SEEDS = range(5)
 
 
 @pytest.mark.parametrize("radius", (0.3, 3.0, 100.0))
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_equal_plans_over_rounds_match_the_oracle(toy_plan, random_update, seed, radius):
     rng = np.random.default_rng(seed)
     cohorts = [("a", "b", "c", "d"), ("b", "d", "e"), ("a", "b", "c"), ("e",), ("a", "e", "d")]

@@ -11,6 +11,7 @@ from fleet.errors import ConfigError
 from strategies.aggregation import rule, weighted_mean
 from strategies.aggregation.mean import clipped_mean, mean
 from tests import reference
+from tests.many import many
 
 SEEDS = range(10)
 
@@ -54,7 +55,7 @@ def test_every_part_is_clipped_to_the_median_of_who_trained_it(unequal, seed, mo
         assert_allclose(flat, clipped(trainers, names, bounds), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_with_equal_plans_whole_deltas_are_clipped_to_their_median_norm(
     toy_plan, random_update, seed
 ):
@@ -203,7 +204,7 @@ def test_a_tensor_below_its_quorum_without_those_left_out_stays(toy_plan, random
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(5))
+@many("seed", range(5))
 def test_who_sends_the_opposite_of_what_the_others_trained_counts_for_nothing(
     toy_plan, random_update, seed, epsilon
 ):
@@ -224,7 +225,7 @@ def test_who_sends_the_opposite_of_what_the_others_trained_counts_for_nothing(
     )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_the_cosine_is_with_the_weighted_sum_of_the_others_over_shared_tensors(unequal, seed):
     rng = np.random.default_rng(seed)
     updates = unequal(rng, blocks=(1, 3, 5, 1, 3, 5))

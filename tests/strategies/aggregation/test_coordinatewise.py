@@ -12,6 +12,7 @@ from fleet.errors import ConfigError
 from strategies.aggregation import rule
 from strategies.aggregation.coordinatewise import median, trimmed_mean
 from tests import reference
+from tests.many import many
 
 SEEDS = range(10)
 
@@ -26,7 +27,7 @@ def check(ours, expected):
         assert_allclose(ours[name], array, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_median_over_unequal_plans_matches_the_oracle(unequal, seed):
     updates = unequal(np.random.default_rng(seed))
     check(once(median(), updates).delta, reference.trimmed_mean(updates, lambda n: (n - 1) // 2))
@@ -77,7 +78,7 @@ def test_a_float64_copy_among_float32_ones_keeps_its_digits(toy_plan, random_upd
     assert (once(median(), updates).delta["head.weight"] == fine).all()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_statistics_are_combined_by_the_rule_with_the_spread_of_the_means(unequal, seed):
     updates = unequal(np.random.default_rng(seed))
     ours = once(median(), updates).statistics

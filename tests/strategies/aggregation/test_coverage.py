@@ -10,6 +10,7 @@ from fleet.errors import ConfigError
 from strategies.aggregation import rule, weighted_mean
 from strategies.aggregation.coverage import with_coverage_correction
 from tests import reference
+from tests.many import many
 
 RULES = ("mean", "median", "trimmed_mean", "krum:1", "geometric_median:2", "centred_clipping")
 
@@ -18,7 +19,7 @@ def once(own, updates):
     return own.aggregate(updates, own.init())[0]
 
 
-@pytest.mark.parametrize("quorum", range(1, 8))
+@many("quorum", range(1, 8))
 @pytest.mark.parametrize("spec", RULES)
 def test_quorum_leaves_out_what_too_few_trained(unequal, toy_plan, spec, quorum):
     updates = unequal(np.random.default_rng(0))

@@ -16,6 +16,7 @@ from strategies.aggregation.by_group import groups_of, squared_distances
 from strategies.aggregation.coordinatewise import median, trimmed_mean
 from strategies.aggregation.selection import krum, multi_krum
 from tests import reference
+from tests.many import many
 
 PAIRS = {
     "median": (FedMedian, {}, median()),
@@ -52,7 +53,7 @@ def fleet(toy_plan, random_update):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("seed", range(10))
+@many("seed", range(10))
 def test_equal_plans_come_out_as_flowers(fleet, flower_round, name, seed):
     params, trained, updates = fleet(np.random.default_rng(seed), sigma=1.0)
     strategy, settings, own = PAIRS[name]

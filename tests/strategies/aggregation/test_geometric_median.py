@@ -6,6 +6,7 @@ import pytest
 from fleet.errors import ConfigError
 from strategies.aggregation.geometric_median import _buckets, geometric_median
 from tests import reference
+from tests.many import many
 
 SEEDS = range(10)
 
@@ -25,7 +26,7 @@ def pull(vectors, point):
 
 
 @pytest.mark.parametrize("scale", (1.0, 1e-3))
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_the_pull_of_all_clients_is_in_balance(unequal, poisoned, seed, scale):
     blocks = (1, 3, 5, 1, 0, 3, 5, 5, 3)
     updates = unequal(np.random.default_rng(seed), blocks)
@@ -50,7 +51,7 @@ def test_just_under_half_hostile_move_it_little(toy_plan, random_update, poisone
     assert np.abs(flat(ours, sorted(ours))).max() < 5
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 @pytest.mark.parametrize("size", (2, 3))
 def test_with_buckets_it_is_the_median_of_their_means(toy_plan, random_update, seed, size):
     rng = np.random.default_rng(seed)

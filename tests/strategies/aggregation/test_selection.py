@@ -10,6 +10,7 @@ from fleet.errors import ConfigError
 from strategies.aggregation.by_group import groups_of, squared_distances
 from strategies.aggregation.selection import krum, multi_krum
 from tests import reference
+from tests.many import many
 
 SEEDS = range(10)
 
@@ -25,7 +26,7 @@ def selected(updates, names, hostile, count):
 
 
 @pytest.mark.parametrize("scale", (1.0, 1e-3, 1e-6))
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_distances_agree_with_the_oracle_also_for_tiny_updates(
     toy_plan, random_update, seed, scale
 ):
@@ -45,7 +46,7 @@ def test_distances_agree_with_the_oracle_also_for_tiny_updates(
 
 
 @pytest.mark.parametrize("hostile", (0, 1, 2))
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_krum_is_the_update_that_the_oracle_picks(toy_plan, random_update, seed, hostile):
     rng = np.random.default_rng(seed)
     updates = [random_update(f"pi-{i}", toy_plan, rng) for i in range(8)]
@@ -54,7 +55,7 @@ def test_krum_is_the_update_that_the_oracle_picks(toy_plan, random_update, seed,
         assert_array_equal(array, updates[best].delta[name].astype(np.float64))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_multi_krum_selects_in_every_set_of_tensors_that_the_same_clients_trained(unequal, seed):
     updates = unequal(np.random.default_rng(seed), blocks=(1, 3, 5, 1, 0, 3, 5, 5, 3, 5, 5))
     ours = once(multi_krum(1), updates).delta
@@ -69,7 +70,7 @@ def test_multi_krum_selects_in_every_set_of_tensors_that_the_same_clients_traine
             assert_allclose(ours[name], mean, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_hostile_clients_are_never_selected(toy_plan, random_update, poisoned, seed):
     rng = np.random.default_rng(seed)
     updates = [random_update(f"pi-{i}", toy_plan, rng) for i in range(9)]

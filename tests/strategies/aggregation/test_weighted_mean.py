@@ -10,12 +10,13 @@ from fleet.errors import UpdateError
 from strategies.aggregation import combine_by_tensor, pooled_statistics, weighted_mean
 from strategies.server_opt import sgd
 from tests import reference
+from tests.many import many
 
 SEEDS = range(20)
 BLOCKS = (1, 3, 5, 1, 0, 3)  # of the fixture's six clients
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_weighted_mean_over_unequal_plans_matches_the_oracle(unequal, seed):
     updates = unequal(np.random.default_rng(seed))
     ours, expected = weighted_mean(updates).delta, reference.weighted_mean(updates)
@@ -25,7 +26,7 @@ def test_weighted_mean_over_unequal_plans_matches_the_oracle(unequal, seed):
         assert_allclose(ours[name], mean, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_statistics_over_unequal_plans_match_the_oracle(unequal, toy_plan, seed):
     updates = unequal(np.random.default_rng(seed))
     ours = weighted_mean(updates).statistics
@@ -42,7 +43,7 @@ def test_statistics_over_unequal_plans_match_the_oracle(unequal, toy_plan, seed)
         assert_allclose(ours[f"{norm}.running_var"], var, rtol=1e-12)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_pooled_statistics_are_those_of_all_the_data(seed):
     rng = np.random.default_rng(seed)
     shards = [rng.normal(rng.normal(), 2.0, size=(n, 4)) for n in (30, 10, 60)]
@@ -108,7 +109,7 @@ def test_what_nobody_trained_is_absent(toy_plan, random_update):
     assert aggregate.coverage.keys() == trained
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@many("seed", SEEDS)
 def test_equal_plans_with_plain_averaging_are_flowers_fedavg(
     toy_plan, random_update, flower_round, seed
 ):
