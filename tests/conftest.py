@@ -1,5 +1,6 @@
 """What runs cache and clients remember goes to folders of the session; long files begin first."""
 
+import copy
 import fcntl
 import gc
 import tempfile
@@ -14,23 +15,28 @@ LONG_FILES = (
     "test_fleet_life.py",
     "test_fleet_server.py",
     "test_launch.py",
-    "test_slow_link.py",
+    "test_signed_apps.py",
     "test_compare.py",
     "test_stopping.py",
-    "test_benchmark_scale.py",
+    "test_server_app.py",
     "test_gate_fuzz.py",
-    "test_resume.py",
     "test_flwr_run.py",
     "test_memory_limit.py",
-    "test_formats.py",
-    "test_killed_for_memory.py",
-    "test_finetune.py",
+    "test_resume.py",
     "test_inverted_residual.py",
+    "test_benchmark_scale.py",
+    "test_rules_under_attack.py",
     "test_dry_run.py",
     "test_notebooks.py",
+    "test_formats.py",
+    "test_leaks.py",
+    "test_killed_for_memory.py",
+    "test_finetune.py",
+    "test_model.py",
     "test_cli.py",
     "test_planner.py",
-    "test_server_app.py",
+    "test_resident.py",
+    "test_benchmark_engines.py",
 )
 
 
@@ -60,13 +66,53 @@ def one_ray():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs of this process copy a backbone that one of them has built, and draw no pictures.
+
+    Both together take half as long as a small run. That a build gives the same each time is
+    tested in fleet/test_backbones, pages with pictures in fleet/report and test_cli; where
+    matplotlib is not installed they have none.
+    """
+    import fleet.backbones
+    from fleet.errors import ConfigError
+
+    own = fleet.backbones.load_backbone
+
+    def copy_of(name, *, classes=None, weights="default", **more):
+        classes = None if classes is None else tuple(classes)
+        if weights not in ("default", "none"):  # a file may change
+            return own(name, classes=classes, weights=weights, **more)
+        facts = (name, classes, weights, *sorted(more.items()))
+        if facts not in _BUILT:
+            if len(_BUILT) == 8:
+                _BUILT.clear()
+            _BUILT[facts] = own(name, classes=classes, weights=weights, **more)
+        return copy.deepcopy(_BUILT[facts])
+
+    def no_pictures(*arguments):
+        raise ConfigError("pictures need matplotlib")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fleet.backbones.load_backbone", copy_of)
+        patch.setattr("fleet.report.page.run_pictures", no_pictures)
+        yield
+
+
+_BUILT = {}  # arguments of load_backbone → what it gave
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What is imported stays: nobody need look through it for garbage, again and again."""
+    """What is imported stays: nobody need look through it for garbage, now or later.
+
+    These are a million objects: each full collection would take a second.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
         gc.enable()
 
 

@@ -44,6 +44,11 @@ def test_options_reach_the_run(run_dir):
     assert settings.keys() == default_settings().keys()
 
 
+def test_a_run_ends_with_its_page_and_pictures(run_dir):
+    page = (run_dir / "report.html").read_text()
+    assert page.count("<svg") >= 3 and "Who took part" in page
+
+
 def test_report_prints_the_table_and_the_paths(run_dir):
     text = invoke("report", str(run_dir)).output
     assert "acc. %" in text

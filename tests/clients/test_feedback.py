@@ -10,6 +10,8 @@ from fleet.codec import decode, encode
 from fleet.errors import UpdateError
 from tests.plans import random_arrays, toy_plan
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 WIDEST = toy_plan()
 NARROW = WIDEST.narrow(1)
 CODECS = ("float16+feedback", "int4+feedback", "topk:0.1", "topk:0.1+int4")

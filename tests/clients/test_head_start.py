@@ -16,6 +16,8 @@ from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import make_plan
 from fleet.state import capture
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = {
     "backbone": "mobilenet_v3_small",
     "weights": "none",

@@ -17,6 +17,8 @@ from fleet.message import Task
 from fleet.plan import make_plan
 from fleet.state import TrainableState, capture
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TASK = Task({"digest": "d" * 64}, ("cat", "dog"), 3, "0f", token="first", acknowledged=2)
 DOWNLOAD = Download(("a" * 16, "b" * 16), (Payload("int8", "d" * 64, b"step"),))
 PAYLOAD = Payload("int4+feedback", "e" * 64, bytes(range(256)))

@@ -21,6 +21,8 @@ from fleet.message import Task
 from fleet.plan import make_plan
 from fleet.state import TrainableState, capture
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 CLASSES = ("cat", "dog", "yak")
 SMALL = {"backbone": "mobilenet_v3_small", "weights": "none", "image-size": 32}
 

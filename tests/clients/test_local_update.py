@@ -18,6 +18,8 @@ from fleet.message import Task
 from fleet.plan import make_plan
 from fleet.state import capture
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = {
     "backbone": "mobilenet_v3_small",
     "weights": "none",

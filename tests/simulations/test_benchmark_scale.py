@@ -193,7 +193,8 @@ def test_rounds_a_minute_are_held_against_full():
 
 
 def test_a_short_soak_is_run_once_for_a_commit_and_then_shown(tmp_path, monkeypatch):
-    words = ["soak", "--clients", "4", "--sampled", "2", "--rounds", "5", "--out", str(tmp_path)]
+    words = ["soak", "--clients", "4", "--sampled", "2", "--rounds", "5", "--images", "8"]
+    words += ["--out", str(tmp_path)]
     first = CliRunner().invoke(main, words)
     assert first.exit_code == 0, first.output
     (file,) = tmp_path.glob("*/soak.json")

@@ -9,6 +9,8 @@ from simulations import Callback, simulate
 from simulations.callbacks import Callbacks
 from tests.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 EVENTS = ("on_run_start", "on_reply", "on_round_end", "on_run_end", "on_run_error")
 
 

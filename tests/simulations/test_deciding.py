@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # What is imported where it is needed, as far as a run may need it.
 EVERYTHING = {
     **SMALL,
-    "clients": 4,
+    "clients": 2,
     "rounds": 1,
     "method": "mobiletl",
     "blocks": "0,1",
@@ -50,7 +50,7 @@ def test_all_that_a_cell_imports_decides_but_what_shows_results(tmp_path):
         "settings": {**default_settings(), **EVERYTHING, "seed": 0, "state-dir": ""},
         "engine": "local",
         "workers": 1,
-        "adversity": {"attack": "sign_flip:10", "hostile": 0.25, "drop": 0.01},
+        "adversity": {"attack": "sign_flip:10", "hostile": 0.5, "drop": 0.01},
         "keep_models": True,
     }
     ran = subprocess.run(

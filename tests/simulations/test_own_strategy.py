@@ -12,6 +12,8 @@ from fleet.errors import ConfigError
 from simulations import simulate
 from simulations.flower_engine import own_folders
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = {
     "clients": 3,
     "rounds": 2,

@@ -21,6 +21,8 @@ from fleet.records import RunRecord
 from simulations import simulate
 from simulations.launch import resumed
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = {
     "backbone": "mobilenet_v3_small",
     "weights": "none",

@@ -8,11 +8,14 @@ import pytest
 from fleet.config import default_settings
 from simulations import simulate
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SETTINGS = {
     "method": "head",
     "clients": 10,
     "rounds": 6,
     "train-examples": 800,
+    "test-examples": 240,
     "image-size": 32,
     "partition": "dirichlet:0.5",
     "learning-rate": 0.05,

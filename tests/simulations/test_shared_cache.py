@@ -8,6 +8,8 @@ from fleet.mobiletl import TransferModel
 from simulations.launch import simulate
 from tests.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture
 def frozen_runs(tmp_path, monkeypatch):

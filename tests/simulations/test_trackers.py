@@ -14,6 +14,8 @@ from simulations import simulate
 from simulations.trackers import MLflow, TensorBoard, WandB, read_tracker
 from tests.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def run(tmp_path, tracker, **settings):
     return simulate(SMALL | {"run-dir": str(tmp_path / "first")} | settings, callbacks=[tracker])

@@ -92,7 +92,15 @@ def test_workers_are_kept_from_round_to_round_and_end_with_the_grid(grid_of):
     assert children() == before
 
 
-def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of):
+@pytest.fixture
+def thawed():
+    """Nothing is left out of collections, as in a process that is no test's."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of, thawed):
     objects = [[i] for i in range(400_000)]  # a collection writes to the head of each
     grid = grid_of(lambda message, context: {"answer": 1})
     grid.send_and_receive(questions(grid))
@@ -106,14 +114,11 @@ def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of):
 
 def test_what_somebody_else_has_frozen_stays_so(grid_of):
     gc.freeze()
-    try:
-        count = gc.get_freeze_count()
-        grid = grid_of(lambda message, context: {"answer": 1})
-        grid.send_and_receive(questions(grid))
-        grid.close()
-        assert gc.get_freeze_count() == count > 0
-    finally:
-        gc.unfreeze()
+    count = gc.get_freeze_count()
+    grid = grid_of(lambda message, context: {"answer": 1})
+    grid.send_and_receive(questions(grid))
+    grid.close()
+    assert gc.get_freeze_count() == count > 0
 
 
 def test_there_are_never_more_workers_than_clients(grid_of):

@@ -116,7 +116,7 @@ def exact_backbone(random_backbone):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_step_is_autograds_on_the_original(exact_backbone, images, name):
-    backbone, x = exact_backbone(name), images(4).double()
+    backbone, x = exact_backbone(name), images(4, 48).double()
     plan = make_plan(backbone, method="mobiletl", blocks=2)
     check_same_step(backbone, plan, reference(backbone, k=2), x)
 
@@ -125,14 +125,14 @@ def test_step_is_autograds_on_the_original(exact_backbone, images, name):
     "name", ["mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "timm:mobilenetv3_large_100"]
 )
 def test_step_with_the_tail_is_autograds_on_the_original(exact_backbone, images, name):
-    backbone, x = exact_backbone(name), images(4).double()
+    backbone, x = exact_backbone(name), images(4, 48).double()
     plan = make_plan(backbone, method="mobiletl", blocks=1, train_tail=True)
     check_same_step(backbone, plan, reference(backbone, k=1, train_tail=True), x)
 
 
 def test_step_of_every_block_is_autograds_on_the_original(exact_backbone, images):
     """All strides and widths, and TensorFlow's padding, at once."""
-    backbone, x = exact_backbone("efficientnet_lite0"), images(4).double()
+    backbone, x = exact_backbone("efficientnet_lite0"), images(4, 48).double()
     plan = make_plan(backbone, method="mobiletl", blocks=16)
     check_same_step(backbone, plan, reference(backbone, k=16), x)
 
@@ -141,7 +141,7 @@ def test_step_of_every_block_is_autograds_on_the_original(exact_backbone, images
 def test_blocks_that_end_in_an_activation_train_exactly_unless_as_published(
     exact_backbone, images, stash
 ):
-    backbone, x = exact_backbone("timm:lcnet_100"), images(4).double()
+    backbone, x = exact_backbone("timm:lcnet_100"), images(4, 48).double()
     plan = make_plan(backbone, method="mobiletl", blocks=2)
     model = reference(backbone, k=2, exact=stash != "published")
     check_same_step(backbone, plan, model, x, stash)
@@ -151,14 +151,14 @@ def test_blocks_that_end_in_an_activation_train_exactly_unless_as_published(
     "name", ["efficientnet_lite0", "mnasnet1_0", "timm:mobilenetv4_conv_small"]
 )
 def test_shifts_step_is_autograds_on_the_model_in_eval_mode(exact_backbone, images, name):
-    backbone, x = exact_backbone(name), images(4).double()
+    backbone, x = exact_backbone(name), images(4, 48).double()
     plan = make_plan(backbone, method="shifts", blocks=len(backbone.blocks))
     model = copy.deepcopy(backbone.model).eval().requires_grad_(True)
     check_same_step(backbone, plan, model, x)
 
 
 def test_stock_blocks_step_is_autograds_with_their_norms_in_training_mode(exact_backbone, images):
-    backbone, x = exact_backbone("mobilenet_v2"), images(4).double()
+    backbone, x = exact_backbone("mobilenet_v2"), images(4, 48).double()
     plan = make_plan(backbone, method="blocks", blocks=2)
     model = copy.deepcopy(backbone.model).eval().requires_grad_(True)
     for block in backbone.blocks[-2:]:
@@ -167,7 +167,7 @@ def test_stock_blocks_step_is_autograds_with_their_norms_in_training_mode(exact_
 
 
 def test_full_step_is_autograds_in_training_mode(exact_backbone, images):
-    backbone, x = exact_backbone("mobilenet_v2"), images(4).double()
+    backbone, x = exact_backbone("mobilenet_v2"), images(4, 48).double()
     model = copy.deepcopy(backbone.model).train().requires_grad_(True)
     check_same_step(backbone, make_plan(backbone, method="full"), model, x)
 
