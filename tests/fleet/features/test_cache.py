@@ -27,6 +27,7 @@ KEY = "0123abcd"
 MAP = (6, 5, 4)
 ROW_BYTES = {"float16": 20 + 2 * 120, "int8": 28 + 120}
 PLENTY = 2**30
+FORK = multiprocessing.get_context("fork")  # a fresh process would import for seconds
 
 
 def ids_of(numbers):
@@ -548,27 +549,24 @@ def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path):
     assert folders[1].exists() and not folders[2].exists()  # empty, and long unused
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.fleet.features.test_cache import ROW_BYTES, feature_cache, fill
-feature_cache.SHARD_BYTES = 4 * ROW_BYTES["float16"]
-for start in range(0, 4000, 4):
-    fill(Path(sys.argv[1]), range(start, start + 4))
-"""
+def write_until_killed(folder):
+    feature_cache.SHARD_BYTES = 4 * ROW_BYTES["float16"]
+    for start in range(0, 4000, 4):
+        fill(folder, range(start, start + 4))
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_writer_leaves_right_rows_only(seed, warned, tmp_path):
     rng = np.random.default_rng(seed)
-    program = [sys.executable, "-c", WRITER, str(tmp_path)]
-    writer = subprocess.Popen(program, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    writer = FORK.Process(target=write_until_killed, args=(tmp_path,))
+    writer.start()
     target = rng.integers(1, 30)
-    while writer.poll() is None and len(shards(tmp_path)) < target:
+    while writer.is_alive() and len(shards(tmp_path)) < target:
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.01))
     writer.kill()
-    assert writer.wait() == -signal.SIGKILL
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
     on_disk = 4 * len(shards(tmp_path))
     cache = open_cache(tmp_path)
     assert right_rows(cache, range(4000)) == len(cache) == on_disk > 0
@@ -783,8 +781,7 @@ def write_share(directory, start):
 
 
 def test_two_may_write_one_key_at_once(warned, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=write_share, args=(tmp_path, s)) for s in (0, 30)]
+    writers = [FORK.Process(target=write_share, args=(tmp_path, s)) for s in (0, 30)]
     for writer in writers:
         writer.start()
     for writer in writers:
