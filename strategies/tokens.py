@@ -18,7 +18,8 @@ class Tokens:
     messages that it was sent. Each is good for one reply.
 
     A token is its round, its number, and a code over both and the client (HMAC-SHA-256):
-    whose it is and from when can be told for ever, and nothing is remembered for it.
+    whose it is and from when can be told for ever, and nothing is remembered for it. All
+    are of one length, so that messages of a run that goes on are as long as they would be.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,9 @@ class Tokens:
 
     def issue(self, client: str, server_round: int) -> str:
         """A token for a message to a client; the one before it is void."""
-        self._open[client] = self._token(client, str(server_round), str(next(self._numbers)))
+        self._open[client] = self._token(
+            client, f"{server_round:08x}", f"{next(self._numbers):010x}"
+        )
         return self._open[client]
 
     def spend(self, client: str, token: str) -> None:
@@ -45,8 +48,8 @@ class Tokens:
         server_round, owner = self._source(client, token)
         if owner == client:
             raise UpdateError(
-                f"reply of {client} carries its token of round {server_round}, which is spent or "
-                f"over; it is a replay, or late"
+                f"reply of {client} carries its token of round {int(server_round, 16)}, which is "
+                f"spent or over; it is a replay, or late"
             )
         if owner is not None:
             raise UpdateError(f"reply of {client} carries the token of {owner}; it is forged")

@@ -226,10 +226,11 @@ def deploy(processes: Processes) -> Deployment:
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
     arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
     processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
-    # Not before both have it: what Flower hands out as it is killed, nobody gets.
+    # Not before both have all of their message: what Flower hands out as it is killed, nobody
+    # gets, and a run that is handing out is lost. A device keeps the model that it has received.
     processes.wait(
         "both devices train",
-        lambda: all("Receiving: train message" in processes.supernode_log(name) for name in BLOCKS),
+        lambda: all([*(folder / name).rglob("models/*.safetensors")] for name in BLOCKS),
         RUN_SECONDS,
     )
     killed = superlink_of(processes)
