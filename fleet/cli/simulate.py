@@ -12,11 +12,12 @@ import click
 
 from fleet.cli.options import format_option
 from fleet.cli.progress import show_progress
+from fleet.cli.quick_start import collecting_once_begun
 from fleet.cli.report import show_run
 from fleet.cli.stopping import stopping
 from fleet.config import default_settings, describe_settings, read_config, read_toml
 from fleet.errors import ConfigError
-from fleet.records import RunRecord, to_json
+from fleet.records import RoundReport, RunRecord, to_json
 
 
 def setting_options(command: Callable) -> Callable:
@@ -105,7 +106,10 @@ def command(
     record = RunRecord(Path(config.run_dir)) if interrupted else RunRecord.reserve(config.run_dir)
     settings["run-dir"] = str(record.path)
     find_modules_here()
-    with stopping(record, _beside_config(engine, workers, log_to)):
+    with (
+        stopping(record, _beside_config(engine, workers, log_to)),
+        collecting_once_begun() as begun,
+    ):
         from simulations.adversity import Adversity
         from simulations.launch import simulate as launch
         from simulations.trackers import read_tracker
@@ -113,10 +117,15 @@ def command(
         adversity = vars(Adversity.of(adversity))
         callbacks = [read_tracker(each) for each in log_to]
         with show_progress(config.federation.rounds) as (on_round, on_reply):
+
+            def end_round(report: RoundReport) -> None:
+                begun()
+                on_round(report)
+
             record = launch(
                 settings,
                 engine,
-                on_round,
+                end_round,
                 on_reply,
                 workers=workers,
                 callbacks=callbacks,
