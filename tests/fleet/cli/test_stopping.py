@@ -259,6 +259,7 @@ def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_p
     assert check_record(run_dir, tmp_path) >= begun + 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_as_flower_is_being_ended_leaves_no_process_behind(tmp_path, one_ray):
     run_dir = tmp_path / "run"
     arguments = (*SMALL, "--run-dir", str(run_dir))
