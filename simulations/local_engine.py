@@ -1,5 +1,6 @@
 """A fleet on one machine: the unchanged ServerApp and ClientApp, without Flower's runtime."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,12 +78,16 @@ class LocalGrid(Grid):
         self._states = tempfile.TemporaryDirectory(prefix="fleet-clients-")
         self._clients = LocalClients(client_app, num_clients, run_config, Path(self._states.name))
         self._pool = WorkerPool(self._clients, workers) if workers > 1 else None
+        self._frozen = False
 
     def close(self) -> None:
         """End the workers, and forget what clients kept as their state."""
         if self._pool is not None:
             self._pool.close()
         self._states.cleanup()
+        if self._frozen:
+            gc.unfreeze()
+            self._frozen = False
 
     def set_run(self, run: Run) -> None:
         """There is one run, which needs no description."""
@@ -110,6 +115,7 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages; without workers their clients run as replies are pulled."""
         messages = list(messages)
+        self._freeze()
         self._asked, self._answered = len(messages), 0
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
@@ -150,6 +156,19 @@ class LocalGrid(Grid):
                 break
             replies += came
         return replies
+
+    def _freeze(self) -> None:
+        """Leave out of collections what is there as the first client is asked.
+
+        It stays, and looking through all that PyTorch and Flower bring takes as long as a
+        round of small clients. To the pages that workers share a collection would write.
+        """
+        if self._frozen or gc.get_freeze_count():  # somebody has seen to it, and will undo it
+            return
+        if gc.isenabled():
+            gc.collect()
+        gc.freeze()
+        self._frozen = True
 
     def _answer(self, message: Message) -> Message:
         return (self._pool or self._clients).answer(message)

@@ -76,12 +76,9 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._waiting: dict[str, Message] = {}  # id → message that no worker has
         self._done: dict[str, Message] = {}  # id → reply that nobody has asked for
-        self._frozen = False
 
     def ask(self, message: Message) -> None:
         """Take a message, and begin on it as soon as a worker is free."""
-        if not self._workers and self._context.get_start_method() == "fork":
-            self._freeze()
         while len(self._workers) < self._most:
             self._workers.append(self._start())
         self._waiting[message.metadata.message_id] = message
@@ -106,19 +103,6 @@ class WorkerPool:
             worker.connection.close()
         for worker in workers:
             _end(worker.process)
-        if self._frozen:
-            gc.unfreeze()
-            self._frozen = False
-
-    def _freeze(self) -> None:
-        """Leave what is there by now out of collections, which write to the pages of all objects.
-
-        Workers share these pages, until someone writes.
-        """
-        if not gc.get_freeze_count():  # else somebody has seen to it, and will undo it
-            gc.collect()
-            gc.freeze()
-            self._frozen = True
 
     def _dispatch(self, wanted: Message | None = None) -> None:
         """Give free workers the next messages, the one that is waited for in any case."""

@@ -112,6 +112,16 @@ def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of, thawed
     assert not gc.get_freeze_count()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_there_before_the_first_client_is_left_out_of_collections(grid_of, thawed, workers):
+    grid = grid_of(lambda message, context: {"answer": gc.get_freeze_count()}, workers=workers)
+    assert not gc.get_freeze_count()
+    replies = grid.send_and_receive(questions(grid))
+    assert all(count > 10_000 for count in answers(replies))
+    grid.close()
+    assert not gc.get_freeze_count()
+
+
 def test_what_somebody_else_has_frozen_stays_so(grid_of):
     gc.freeze()
     count = gc.get_freeze_count()
