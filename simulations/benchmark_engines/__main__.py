@@ -17,7 +17,7 @@ NOTE = (
     "Medians of {repeats} interleaved runs, in brackets the lowest and the highest. Start: from "
     "the start of the process to the end of round 1, less the imports of PyTorch and Flower. CPU: "
     "of all processes, a round, rounds {first} to {last}. Ratios are of one repeat's runs, beside "
-    "each other in time. Peak: the most that all processes were seen to hold at once, five times a "
+    "each other in time. Peak: the most that all processes were seen to hold at once, once a "
     "second, shared pages counted once. Loss: of the last network over all images; the same steps "
     "give the same."
 )

@@ -14,7 +14,9 @@ from simulations.footprint import watching
 
 _JOBS = Path(__file__).parent / "jobs"
 _ROOT = Path(__file__).parents[2]
-_PERIOD_SECONDS = 0.2  # between two looks at memory
+# Between two looks at memory. Each stops a process for some 10 ms: five a second took a
+# sixth of what a start takes.
+_PERIOD_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
