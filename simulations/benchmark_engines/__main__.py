@@ -16,7 +16,8 @@ _MIB = 2**20
 NOTE = (
     "Medians of {repeats} interleaved runs, in brackets the lowest and the highest. Start: from "
     "the start of the process to the end of round 1, less the imports of PyTorch and Flower. CPU: "
-    "of all processes, a round, rounds {first} to {last}. Ratios are of one repeat's runs, beside "
+    "of all processes, a round, rounds {first} to {last}. Job: all {last} rounds and their start, "
+    "imports included. Ratios are of one repeat's runs, beside "
     "each other in time. Peak: the most that all processes were seen to hold at once, once a "
     "second, shared pages counted once. Loss: of the last network over all images; the same steps "
     "give the same."
@@ -74,6 +75,7 @@ def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
                     [cost.cpu_seconds / o.cpu_seconds for cost, o in zip(own, ours, strict=True)], 2
                 ),
                 _spread([1000 * cost.seconds for cost in own], 0),
+                _spread([cost.job_seconds for cost in own], 1),
                 _spread([cost.peak_bytes / _MIB for cost in own], 0),
                 f"{own[0].result:.6f}",
             )
@@ -86,6 +88,7 @@ def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
         "CPU ÷ loop",
         "CPU ÷ ours",
         "wall ms a round",
+        "job s",
         "peak MiB",
         "loss",
     )

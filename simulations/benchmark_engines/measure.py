@@ -84,6 +84,8 @@ class Cost:
             once.
         import_seconds: of PyTorch and Flower, which are not counted.
         start_cpu_seconds: CPU of all processes until then, less that of these imports.
+        job_seconds: from the start of the process to the end of the last round, imports
+            included.
     """
 
     start_seconds: float
@@ -94,6 +96,7 @@ class Cost:
     peak_bytes: int = 0
     import_seconds: float = 0.0
     start_cpu_seconds: float = 0.0
+    job_seconds: float = 0.0
 
 
 def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
@@ -157,4 +160,5 @@ def read_cost(report: Mapping) -> Cost:
         versions=report["versions"],
         import_seconds=imports,
         start_cpu_seconds=marks[first]["cpu"] - report["import_cpu"],
+        job_seconds=marks[last]["seconds"],
     )

@@ -46,7 +46,7 @@ def test_a_cost_is_of_the_rounds_between_two_looks():
         }
     )
     assert (cost.start_seconds, cost.cpu_seconds, cost.seconds) == (1.5, 0.25, 0.5)
-    assert (cost.import_seconds, cost.start_cpu_seconds) == (2.5, 1.25)
+    assert (cost.import_seconds, cost.start_cpu_seconds, cost.job_seconds) == (2.5, 1.25, 25.0)
 
 
 def test_the_command_itself_is_timed_to_the_end_of_its_first_round():
