@@ -39,7 +39,7 @@ class Task:
         classes: names of the classes, in the order of the head's outputs.
         server_round: from 1 on.
         run: hexadecimal id of the run, under which clients remember.
-        token: random, of this client and message; the reply has to carry it.
+        token: of this client and message alone (`strategies.tokens`); the reply carries it.
         acknowledged: round of the client's last update that was admitted; 0: none.
     """
 

@@ -163,9 +163,9 @@ class LocalGrid(Grid):
         It stays, and looking through all that PyTorch and Flower bring takes as long as a
         round of small clients. To the pages that workers share a collection would write.
         """
-        if self._frozen or gc.get_freeze_count():  # somebody has seen to it, and will undo it
+        if gc.get_freeze_count():  # done, or somebody else has seen to it, and will undo it
             return
-        if gc.isenabled():
+        if gc.isenabled():  # else somebody has put collections off
             gc.collect()
         gc.freeze()
         self._frozen = True

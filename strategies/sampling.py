@@ -145,7 +145,8 @@ class Roster:
         self._questions |= {q.metadata.message_id: q.metadata.dst_node_id for q in questions}
         for reply in replies:
             self._admit(reply)
-            self._tell_who_is_missing()  # some may take long, and this one's reason is known
+            if self._grid.waits:  # some may take long, and this one's reason is known
+                self._tell_who_is_missing()
         while len(self._questions) > _REMEMBERED:  # the oldest will not be answered any more
             del self._questions[next(iter(self._questions))]
 

@@ -18,7 +18,9 @@ import psutil
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fleet.deploy.provisioning import ServerFolder
+from fleet.deploy.addresses import Address
+from fleet.deploy.bundle import bundle_files
+from fleet.deploy.provisioning import Provisioner, ServerFolder
 from fleet.records import RunRecord
 
 HOST = "127.0.0.1"
@@ -224,6 +226,14 @@ def wait_for_keys(processes: Processes, server: str, devices: Iterable[str]) -> 
         lambda: all(f"{name} may take part" in processes.log(server) for name in devices),
         seconds=600,
     )
+
+
+def lead_through(provisioner: Provisioner, device: str, port: int) -> None:
+    """Let a device's bundle, as a folder, name another port of this machine as the server's."""
+    bundle = provisioner.out / device
+    kept = {name: (bundle / name).read_bytes() for name in ("ca.crt", "device.key")}
+    moved = bundle_files(device, Address("localhost", port), *kept.values())
+    (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
 
 
 def rounds_on_record(record: RunRecord) -> int:

@@ -11,7 +11,6 @@ import psutil
 import pytest
 
 from fleet.deploy.addresses import Address
-from fleet.deploy.bundle import bundle_files
 from fleet.deploy.provisioning import Provisioner
 from fleet.records import RoundReport, RunRecord
 from tests.deployment import (
@@ -21,6 +20,7 @@ from tests.deployment import (
     Processes,
     begin_run,
     free_ports,
+    lead_through,
     processes_in_a_folder,
     rounds_on_record,
     write_digits,
@@ -121,10 +121,7 @@ def live(processes: Processes, port: int, relay: StallingRelay) -> Life:
     folder = processes.folder
     provisioner = Provisioner(folder / "fleet")
     provisioner.begin([Address("localhost", port)], ["pi-01", LOST])
-    bundle = folder / "fleet" / LOST
-    kept = {name: (bundle / name).read_bytes() for name in ("ca.crt", "device.key")}
-    moved = bundle_files(LOST, Address("localhost", relay.port), *kept.values())
-    (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
+    lead_through(provisioner, LOST, relay.port)
     write_digits(folder, IMAGES, TWO_CLASSES)
     server = provisioner.server
     processes.fleet("server", "server", "--dir", server.path, "--host", HOST)

@@ -10,19 +10,17 @@ def collecting_once_begun() -> Iterator[Callable[[], None]]:
     """Collect no garbage before the function that is given is called, or the block ends.
 
     Half a million objects come with what a run imports, and stay. Python would look through
-    all of them every time that there are a quarter more: a fifth of a start. From the call
-    on, which may be repeated, those that are there by then are left out of collections.
+    all of them every time that there are a quarter more: a fifth of a start. The engine
+    leaves them out of later collections.
     """
     was_on = gc.isenabled()
     gc.disable()
 
     def begun() -> None:
-        if was_on and not gc.isenabled():
-            gc.freeze()
+        if was_on:
             gc.enable()
 
     try:
         yield begun
     finally:
-        if was_on:
-            gc.enable()
+        begun()

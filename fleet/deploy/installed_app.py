@@ -5,18 +5,16 @@ whatever lies there from then on for the app: a process that is killed meanwhile
 power or a full disk leaves half an app, of which no later message could be answered.
 """
 
-import fcntl
 import hashlib
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from fleet.durable import make_folder, sync_folder, write_durably
+from fleet.deploy.one_at_a_time import alone_in
+from fleet.durable import sync_folder, write_durably
 
 _APPS = "apps"  # Flower's folder of them, in its home
 _LOCK, _UNPACKED = ".lock", ".unpacked"
+_LOCK_SECONDS = 60.0  # for another process to install: it takes a second, on a slow card ten
 _WHOLE = ".whole-"  # and an app's SHA-256: holds the name of its folder
 
 
@@ -29,15 +27,16 @@ def install_whole(bundle: bytes, skip_prompt: bool = True) -> Path:
 
     Raises:
         click.ClickException: if the bundle is damaged.
-        OSError: if it cannot be written, as on a full disk; the next call tries again.
+        OSError, ConfigError: if it cannot be written, as on a full disk, or another process
+            takes too long; the next call tries again.
     """
     from flwr.cli.install import install_from_fab
     from flwr.supercore.utils import get_flwr_home
 
     apps = get_flwr_home() / _APPS
-    make_folder(apps)
     whole = apps / f"{_WHOLE}{hashlib.sha256(bundle).hexdigest()}"
-    with _alone_in(apps):
+    waiting = {"option": "FLWR_HOME", "file": _LOCK, "wait_seconds": _LOCK_SECONDS}
+    with alone_in(apps, "installation of an app", **waiting):
         if whole.is_file() and (folder := apps / whole.read_text()).is_dir():
             return folder
         unpacked = apps / _UNPACKED
@@ -72,14 +71,3 @@ def _sync(folder: Path) -> None:
     """See to the disk all that a folder holds."""
     for path in (*folder.rglob("*"), folder):
         sync_folder(path)  # which does for a file too
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let no other process install meanwhile."""
-    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -35,12 +35,7 @@ def labels(names: Sequence[str], most: int, lines: int = 1) -> list[str]:
             break
     else:
         shown = _cut(shown, most * lines, fits)
-    return [
-        "\n".join(
-            _broken(n, most) if fits(n) else [n[i : i + most] for i in range(0, len(n), most)]
-        )
-        for n in shown
-    ]
+    return ["\n".join((_broken if fits(name) else _pieces)(name, most)) for name in shown]
 
 
 def lines_in(shown: Sequence[str]) -> int:

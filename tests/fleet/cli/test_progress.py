@@ -24,18 +24,6 @@ def terminal(width=120, **options):
     )
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 def shown(course, width=100):
     console = Console(file=io.StringIO(), width=width)
     console.print(course)

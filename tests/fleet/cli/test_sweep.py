@@ -9,18 +9,6 @@ from rich.console import Console
 from fleet.cli.sweep import Sweep, show_sweep
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 def terminal(**environ):
     return Console(
         file=io.StringIO(), force_terminal=True, width=100, _environ={"TERM": "xterm"} | environ
