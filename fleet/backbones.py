@@ -1,8 +1,10 @@
 """Pretrained mobile CNNs from torchvision and timm, read as chains of blocks."""
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -144,6 +146,33 @@ def backbone_of(config: ModelConfig, classes: Sequence[str], seed: int) -> Backb
     Raises:
         ConfigError: as `load_backbone`.
     """
+    if _once:
+        return copy.deepcopy(_kept(config, tuple(classes), seed))
+    return _load(config, classes, seed)
+
+
+# Whether a process loads a run's backbone once and copies it.
+_once = False
+
+
+@contextmanager
+def loaded_once() -> Iterator[None]:
+    """Let `backbone_of` keep what it loads until the block ends, and hand out copies of it.
+
+    For a simulation, whose server and clients live in one process: to read weights and
+    blocks takes ten times as long as to copy them, and one more model is little there.
+    """
+    global _once
+    before, _once = _once, True
+    try:
+        yield
+    finally:
+        _once = before
+        if not before:
+            _kept.cache_clear()
+
+
+def _load(config: ModelConfig, classes: Sequence[str], seed: int) -> Backbone:
     return load_backbone(
         config.backbone,
         num_classes=len(classes),
@@ -152,6 +181,9 @@ def backbone_of(config: ModelConfig, classes: Sequence[str], seed: int) -> Backb
         weights=config.weights,
         seed=seed,
     )
+
+
+_kept = lru_cache(maxsize=1)(_load)
 
 
 def read_backbone(

@@ -96,7 +96,7 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
         y = probe
         for step in steps:
             y = step.forward(y)
-        if not torch.allclose(y, model(probe), rtol=1e-4, atol=1e-5):
+        if not _alike(y, model(probe)):
             raise ConfigError(
                 f"{type(model).__name__} is not the chain of steps that it looks like"
             )
@@ -181,12 +181,10 @@ def _match(name: str, module: nn.Module) -> InvertedResidual | None:
     has_depthwise = any(unit.is_depthwise for unit in units)
     if not units[-1].is_pointwise or not (has_depthwise or all(u.is_pointwise for u in units)):
         return None
-    drop_path = drop_paths[0] if drop_paths else None
-    for residual in (False, True):
-        block = InvertedResidual(name, module, units, residual, drop_path)
-        if _runs_alike(block):
-            return block
-    return None
+    residual = _adds_input(module, units)
+    if residual is None:
+        return None
+    return InvertedResidual(name, module, units, residual, drop_paths[0] if drop_paths else None)
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
@@ -270,27 +268,32 @@ def eval_forward(unit: Unit, x: Tensor) -> Tensor:
     return x if unit.squeeze_excite is None else squeeze_excite(unit.squeeze_excite, x)
 
 
-def _runs_alike(block: InvertedResidual) -> bool:
-    """Whether the parts in their order give what the block gives."""
-    channels = block.units[0].conv.in_channels
+def _adds_input(module: nn.Module, units: tuple[Unit, ...]) -> bool | None:
+    """Whether a module is its units in their order (False), or that plus its input (True).
+
+    None if it is neither.
+    """
+    channels = units[0].conv.in_channels
     x = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    training = block.module.training
-    block.module.eval()
+    training = module.training
+    module.eval()
     try:
         with torch.inference_mode():
             y = x
-            for unit in block.units:
+            for unit in units:
                 y = eval_forward(unit, y)
-            expected = block.module(x.clone())
-            if block.residual:
-                if y.shape != x.shape:
-                    return False
-                y = y + x
-            return y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
+            expected = module(x.clone())
+            if _alike(y, expected):
+                return False
+            return True if y.shape == x.shape and _alike(y + x, expected) else None
     except (RuntimeError, TypeError):  # it takes other inputs than one feature map
-        return False
+        return None
     finally:
-        block.module.train(training)
+        module.train(training)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 class _StepTracer(fx.Tracer):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clients.client import SIMULATED_STATE
 from clients.local_data import local_data
-from fleet.backbones import resolve
+from fleet.backbones import loaded_once, resolve
 from fleet.codec import parse_codec
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config, read_toml
 from fleet.data import BUILT_IN
@@ -241,7 +241,8 @@ def _run_local(
     level = flower_log.level
     flower_log.setLevel(logging.CRITICAL)  # the records say what it says, and more
     try:
-        run_local(server_app, client_app, settings, clients, on_reply, interferences, workers)
+        with loaded_once():
+            run_local(server_app, client_app, settings, clients, on_reply, interferences, workers)
     finally:
         flower_log.setLevel(level)
 

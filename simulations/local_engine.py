@@ -78,7 +78,7 @@ class LocalGrid(Grid):
         self._states = tempfile.TemporaryDirectory(prefix="fleet-clients-")
         self._clients = LocalClients(client_app, num_clients, run_config, Path(self._states.name))
         self._pool = WorkerPool(self._clients, workers) if workers > 1 else None
-        self._frozen = False
+        self._begun = self._frozen = False
 
     def close(self) -> None:
         """End the workers, and forget what clients kept as their state."""
@@ -163,7 +163,10 @@ class LocalGrid(Grid):
         It stays, and looking through all that PyTorch and Flower bring takes as long as a
         round of small clients. To the pages that workers share a collection would write.
         """
-        if gc.get_freeze_count():  # done, or somebody else has seen to it, and will undo it
+        if self._begun:
+            return
+        self._begun = True  # Python counts what is frozen one by one: not at every push
+        if gc.get_freeze_count():  # somebody else has seen to it, and will undo it
             return
         if gc.isenabled():  # else somebody has put collections off
             gc.collect()

@@ -15,7 +15,14 @@ from sklearn.datasets import load_sample_images
 from torch.testing import assert_close
 from torchvision import models
 
-from fleet.backbones import Preprocessing, load_backbone, read_backbone
+from fleet.backbones import (
+    Preprocessing,
+    backbone_of,
+    load_backbone,
+    loaded_once,
+    read_backbone,
+)
+from fleet.config import ModelConfig
 from fleet.data import to_tensor
 from fleet.errors import ConfigError
 from fleet.mobiletl import TransferModel
@@ -243,3 +250,30 @@ def test_digest_does_not_depend_on_counters_or_memory_format():
         if name.endswith("num_batches_tracked"):
             tensor += 5
     assert read_again(backbone).weights_digest == backbone.weights_digest
+
+
+def test_within_loaded_once_a_backbone_is_read_once_and_copies_share_nothing(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_file({n: t.contiguous() for n, t in load(seed=3).model.state_dict().items()}, path)
+    asked = (ModelConfig(backbone=SMALL, weights=str(path), image_size=64), tuple("abcde"), 0)
+    expected = backbone_of(*asked)
+    with loaded_once():
+        first, second = backbone_of(*asked), backbone_of(*asked)
+        path.unlink()
+        third = backbone_of(*asked)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for own in (first, second, third):
+        assert own.weights_digest == expected.weights_digest
+        assert [step.name for step in own.steps] == [step.name for step in expected.steps]
+        assert_close(own.model(x), expected.model(x), rtol=0, atol=0)
+        y = x
+        for step in own.steps:  # the copy's own modules
+            y = step.forward(y)
+        assert_close(y, own.model(x), rtol=1e-4, atol=1e-5)
+        parts = set(own.model.modules())
+        assert {step.module for step in own.steps} - {None} <= parts
+        assert {block.module for block in own.blocks} <= parts
+        for parameter in own.model.parameters():  # what is done to one befalls no other
+            parameter.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="no weights file"):
+        backbone_of(*asked)  # read anew afterwards

@@ -131,6 +131,21 @@ def test_what_somebody_else_has_frozen_stays_so(grid_of):
     assert gc.get_freeze_count() == count > 0
 
 
+@pytest.mark.parametrize("by_somebody_else", [False, True])
+def test_what_is_frozen_is_not_counted_at_every_push(
+    grid_of, thawed, monkeypatch, by_somebody_else
+):
+    counts, count = [], gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: counts.append(count()) or counts[-1])
+    if by_somebody_else:
+        gc.freeze()
+    grid = grid_of(lambda message, context: {"answer": 1})
+    for _ in range(3):
+        grid.send_and_receive(questions(grid))
+    grid.close()
+    assert [number > 0 for number in counts] == [by_somebody_else]
+
+
 def test_there_are_never_more_workers_than_clients(grid_of):
     before = len(children())
     grid = grid_of(lambda message, context: {"answer": 1}, clients=2, workers=7)
