@@ -17,10 +17,10 @@ NOTE = (
     "Medians of {repeats} interleaved runs, in brackets the lowest and the highest. Start: from "
     "the start of the process to the end of round 1, less the imports of PyTorch and Flower. CPU: "
     "of all processes, a round, rounds {first} to {last}. Job: all {last} rounds and their start, "
-    "imports included. Ratios are of one repeat's runs, beside "
-    "each other in time. Peak: the most that all processes were seen to hold at once, once a "
-    "second, shared pages counted once. Loss: of the last network over all images; the same steps "
-    "give the same."
+    "imports included, by the clock and CPU of all processes. Ratios are of one repeat's runs, "
+    "beside each other in time. Peak: the most that all processes were seen to hold at once, once "
+    "a second, shared pages counted once. Loss: of the last network over all images; the same "
+    "steps give the same."
 )
 
 
@@ -52,7 +52,12 @@ def main(name: str, venvs: Path | None, repeats: int) -> None:
 
 def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
     """A line an engine, beside the plain loop and beside ours."""
-    loop, ours = costs["plain loop"], costs["ours"]
+
+    def beside(engine: Engine, other: str, attribute: str, digits: int) -> str:
+        """Ratios of the runs that were made one after the other."""
+        pairs = zip(costs[engine.name], costs[other], strict=True)
+        return _spread([getattr(a, attribute) / getattr(b, attribute) for a, b in pairs], digits)
+
     rows = []
     for engine in known:
         own = costs[engine.name]
@@ -60,22 +65,14 @@ def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
             (
                 engine.name,
                 _spread([cost.start_seconds for cost in own], 1),
-                _spread(
-                    [
-                        cost.start_seconds / o.start_seconds
-                        for cost, o in zip(own, ours, strict=True)
-                    ],
-                    1,
-                ),
+                beside(engine, "ours", "start_seconds", 1),
                 _spread([1000 * cost.cpu_seconds for cost in own], 0),
-                _spread(
-                    [cost.cpu_seconds / o.cpu_seconds for cost, o in zip(own, loop, strict=True)], 2
-                ),
-                _spread(
-                    [cost.cpu_seconds / o.cpu_seconds for cost, o in zip(own, ours, strict=True)], 2
-                ),
+                beside(engine, "plain loop", "cpu_seconds", 2),
+                beside(engine, "ours", "cpu_seconds", 2),
                 _spread([1000 * cost.seconds for cost in own], 0),
                 _spread([cost.job_seconds for cost in own], 1),
+                _spread([cost.job_cpu_seconds for cost in own], 1),
+                beside(engine, "ours", "job_cpu_seconds", 2),
                 _spread([cost.peak_bytes / _MIB for cost in own], 0),
                 f"{own[0].result:.6f}",
             )
@@ -89,11 +86,13 @@ def table(known: list[Engine], costs: dict[str, list[Cost]], job: Job) -> Grid:
         "CPU ÷ ours",
         "wall ms a round",
         "job s",
+        "job CPU s",
+        "job CPU ÷ ours",
         "peak MiB",
         "loss",
     )
     _, warm, last = job.rounds
-    note = NOTE.format(repeats=len(loop), first=warm + 1, last=last)
+    note = NOTE.format(repeats=len(costs["ours"]), first=warm + 1, last=last)
     return Grid(job.title, columns, rows, note, named=True)
 
 

@@ -86,6 +86,7 @@ class Cost:
         start_cpu_seconds: CPU of all processes until then, less that of these imports.
         job_seconds: from the start of the process to the end of the last round, imports
             included.
+        job_cpu_seconds: until then, of all processes, imports included.
     """
 
     start_seconds: float
@@ -97,6 +98,7 @@ class Cost:
     import_seconds: float = 0.0
     start_cpu_seconds: float = 0.0
     job_seconds: float = 0.0
+    job_cpu_seconds: float = 0.0
 
 
 def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
@@ -161,4 +163,5 @@ def read_cost(report: Mapping) -> Cost:
         import_seconds=imports,
         start_cpu_seconds=marks[first]["cpu"] - report["import_cpu"],
         job_seconds=marks[last]["seconds"],
+        job_cpu_seconds=marks[last]["cpu"],
     )
