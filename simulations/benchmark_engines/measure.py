@@ -80,13 +80,13 @@ class Cost:
         seconds: a round in the steady state, by the clock.
         result: loss of the last network over all images.
         versions: of what it ran on.
-        peak_bytes: the most that all its processes were seen to hold at once; shared pages count
-            once.
         import_seconds: of PyTorch and Flower, which are not counted.
         start_cpu_seconds: CPU of all processes until then, less that of these imports.
         job_seconds: from the start of the process to the end of the last round, imports
             included.
         job_cpu_seconds: until then, of all processes, imports included.
+        peak_bytes: the most that all its processes were seen to hold at once; shared pages count
+            once.
     """
 
     start_seconds: float
@@ -94,11 +94,11 @@ class Cost:
     seconds: float
     result: float
     versions: Mapping[str, str]
+    import_seconds: float
+    start_cpu_seconds: float
+    job_seconds: float
+    job_cpu_seconds: float
     peak_bytes: int = 0
-    import_seconds: float = 0.0
-    start_cpu_seconds: float = 0.0
-    job_seconds: float = 0.0
-    job_cpu_seconds: float = 0.0
 
 
 def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
