@@ -226,8 +226,8 @@ def deploy(processes: Processes) -> Deployment:
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
     arguments = ("--dir", provisioner.server.path, "--name", "first", *settings)
     processes.fleet("run", "run", *arguments, "--data", folder / "server-images")
-    # Not before both have all of their message: what Flower hands out as it is killed, nobody
-    # gets, and a run that is handing out is lost. A device keeps the model that it has received.
+    # Not before both have all of their message: a run that is handing out is lost, and submitted
+    # again. A device keeps the model that it has received.
     processes.wait(
         "both devices train",
         lambda: all([*(folder / name).rglob("models/*.safetensors")] for name in BLOCKS),

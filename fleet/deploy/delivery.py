@@ -1,7 +1,7 @@
 """Messages and replies that arrive although the answers about them do not.
 
-A device asks, the server answers, and the link breaks in between: the server takes what
-it has answered for done, the device asks again. Flower 1.41 loses by that
+A device asks, the server answers, and the link breaks in between, or the server ends: the
+server takes what it has answered for done, the device asks again. Flower 1.41 loses by that
 
 - a message: it counts as delivered once it is handed out, and nobody hands it out again;
 - a reply that the run has seen announced: announced again, it answers a message that is
@@ -9,8 +9,8 @@ it has answered for done, the device asks again. Flower 1.41 loses by that
 - a reply of which a part was stored: sent again, that part is refused, and the device
   gives the whole reply up.
 
-Here a device that asks again is answered as it was the first time. All of it is kept in
-memory: a server that ends in just that moment loses what Flower would have lost.
+Here a device that asks again is told what it would have been told the first time. What that
+was is read from Flower's own tables, so that it is known to a server that was started anew.
 """
 
 import threading
@@ -19,8 +19,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from flwr.supercore.date import now
+from flwr.supercore.state.schema.corestate_models import (
+    ObjectPushSession,
+    ObjectPushSessionPending,
+    ObjectPushSessionRoot,
+)
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.utils import uint64_to_int64
+from sqlalchemy import select, update
+
 REMEMBERED_SECONDS = 900.0  # in which a device that was not answered asks again
-_MOST = 20_000  # answers; the oldest is forgotten first
+_MOST = 20_000  # parts; the oldest is forgotten first
 
 
 class Deliveries:
@@ -33,22 +43,14 @@ class Deliveries:
 
     def __init__(self, handlers: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._pull_messages = handlers.pull_messages
-        self._confirm_message_received = handlers.confirm_message_received
         self._push_messages = handlers.push_messages
         self._push_object = handlers.push_object
         self._lock = threading.Lock()  # the server answers in many threads
-        self._handed_out: dict[int, dict[str, Any]] = {}  # node → message id → answer
-        self._announced = _Recent(clock)  # (node, id of a reply) → answer
         self._stored = _Recent(clock)  # (session, id of an object)
 
     def install(self, handlers: Any) -> None:
         """Put these in place of a module's functions, which its callers look up each time."""
-        for name in (
-            "pull_messages",
-            "confirm_message_received",
-            "push_messages",
-            "push_object",
-        ):
+        for name in ("pull_messages", "push_messages", "push_object"):
             setattr(handlers, name, getattr(self, name))
 
     def pull_messages(self, request: Any, state: Any, store: Any) -> Any:
@@ -57,43 +59,19 @@ class Deliveries:
         A SuperNode fetches one message after another: as long as it has not confirmed one,
         it does not ask for the next, unless it never got it or was started anew.
         """
-        node = request.node.node_id
         answer = self._pull_messages(request=request, state=state, store=store)
-        if answer.messages_list:
-            message_id = answer.messages_list[0].metadata.message_id
-            with self._lock:
-                self._handed_out.setdefault(node, {})[message_id] = answer
-            return answer
-        with self._lock:
-            earlier = list(self._handed_out.get(node, {}).items())
-        for message_id, again in earlier:
-            if _is_waited_for(message_id, state, store):
-                run_id = again.messages_list[0].metadata.run_id
-                state.store_traffic(
-                    run_id, bytes_sent=again.ByteSize(), bytes_recv=request.ByteSize()
-                )
-                return again
-            self._has(node, message_id)
+        if not answer.messages_list and _take_back(request.node.node_id, state, store):
+            answer = self._pull_messages(request=request, state=state, store=store)
         return answer
 
-    def confirm_message_received(self, request: Any, state: Any, store: Any) -> Any:
-        """As Flower's; the message is not handed out again."""
-        self._has(request.node.node_id, request.message_object_id)
-        return self._confirm_message_received(request=request, state=state, store=store)
-
     def push_messages(self, request: Any, state: Any) -> Any:
-        """What of a reply is to be sent, the same as it was announced first."""
-        node = request.node.node_id
-        metadata = [message.metadata for message in request.messages_list]
-        for each in metadata:  # an error is replied without a confirmation
-            self._has(node, each.reply_to_message_id)
-        key = (node, *(each.message_id for each in metadata))
-        with self._lock:
-            answer = self._announced.get(key)
-        if answer is None:
-            answer = self._push_messages(request=request, state=state)
-            with self._lock:
-                self._announced.add(key, answer)
+        """What of a reply is to be sent still."""
+        answer = self._push_messages(request=request, state=state)
+        if not answer.objects_to_push:
+            begun = _begun_push(request.messages_list[0].metadata.message_id, state)
+            if begun is not None:
+                answer.session_id, missing = begun
+                answer.objects_to_push.extend(missing)
         return answer
 
     def push_object(self, request: Any, state: Any) -> Any:
@@ -103,21 +81,67 @@ class Deliveries:
         with self._lock:
             if answer.stored:
                 self._stored.add(key, True)
-            elif self._stored.get(key):
-                answer.stored = True
+                return answer
+            # The run may have fetched it since, and the store let it go.
+            answer.stored = bool(self._stored.get(key))
+        if not answer.stored:  # an id is the hash of what it names
+            answer.stored = bool(state.object_store.get(request.object_id))
         return answer
 
-    def _has(self, node: int, message_id: str) -> None:
-        with self._lock:
-            messages = self._handed_out.get(node, {})
-            messages.pop(message_id, None)
-            if not messages:
-                self._handed_out.pop(node, None)
+
+def _take_back(node_id: int, state: Any, store: Any) -> bool:
+    """Let the oldest message that a node was handed, and never had, be handed out again.
+
+    What a node says it has leaves the store. An error may be replied without having fetched
+    what it answers.
+    """
+    handed_out = (
+        select(MessageIns.message_id)
+        .where(
+            MessageIns.dst_node_id == uint64_to_int64(node_id),
+            MessageIns.delivered_at != "",
+            MessageIns.created_at + MessageIns.ttl > now().timestamp(),
+            ~select(MessageRes.message_id)
+            .where(MessageRes.reply_to_message_id == MessageIns.message_id)
+            .exists(),
+        )
+        .order_by(MessageIns.created_at, MessageIns.message_id)
+    )
+    with state.session() as session:
+        for message_id in session.scalars(handed_out).all():
+            if message_id in store and state.get_valid_message_ins(message_id) is not None:
+                session.execute(
+                    update(MessageIns)
+                    .where(MessageIns.message_id == message_id)
+                    .values(delivered_at="")
+                )
+                return True
+    return False
 
 
-def _is_waited_for(message_id: str, state: Any, store: Any) -> bool:
-    """Whether a message still is one; not if its run has ended, or did not wait any longer."""
-    return state.get_valid_message_ins(message_id) is not None and message_id in store
+def _begun_push(message_id: str, state: Any) -> tuple[str, list[str]] | None:
+    """Session of a reply that has been announced, and ids of what is missing of it.
+
+    None if it was not, or is here whole.
+    """
+    begun = (
+        select(ObjectPushSessionRoot.session_id)
+        .join(ObjectPushSession, ObjectPushSession.session_id == ObjectPushSessionRoot.session_id)
+        .where(
+            ObjectPushSessionRoot.root_object_id == message_id,
+            ObjectPushSession.expires_at > now(),
+        )
+    )
+    with state.session() as session:
+        session_id = session.scalar(begun)
+        if session_id is None:
+            return None
+        missing = session.scalars(
+            select(ObjectPushSessionPending.object_id).where(
+                ObjectPushSessionPending.session_id == session_id
+            )
+        )
+        return session_id, list(missing)
 
 
 class _Recent:

@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 from fleet.deploy.addresses import is_loopback
-from fleet.deploy.delivery import Deliveries
 from fleet.deploy.flower_process import end_with_parent
 
 STATUS_PATH = "/fleet/v1/device"  # how the server sees the device that asks
@@ -196,6 +195,8 @@ def main() -> None:
     from flwr.superlink.main import create_app
     from flwr.superlink.servicer.control import control_handlers
     from flwr.superlink.servicer.fleet import fleet_handlers
+
+    from fleet.deploy.delivery import Deliveries
 
     Deliveries(fleet_handlers).install(fleet_handlers)
     keep_signatures(control_handlers)
