@@ -1,57 +1,74 @@
 """Messages and replies that arrive although the answers about them do not.
 
-A device asks, the server answers, and the link breaks in between, or the server ends: the
-server takes what it has answered for done, the device asks again. Flower 1.41 loses by that
+A device or a run asks, the server answers, and the link breaks in between, or the server ends:
+the server takes what it has answered for done, the other side asks again. Flower 1.41 loses
+by that
 
 - a message: it counts as delivered once it is handed out, and nobody hands it out again;
-- a reply that the run has seen announced: announced again, it answers a message that is
-  no more, and the device is told that there is nothing to send;
-- a reply of which a part was stored: sent again, that part is refused, and the device
-  gives the whole reply up.
+- a message or reply of which a part was stored: sent again, that part is refused, and the
+  device gives the whole reply up, the run itself;
+- a reply that the run was told of: it is known no more, nor what it answers. The run takes
+  it for one that cannot come, and a device that announces it again, as it was not answered,
+  is told that there is nothing to send.
 
-Here a device that asks again is told what it would have been told the first time. What that
-was is read from Flower's own tables, so that it is known to a server that was started anew.
+Here whoever asks again is told what they would have been told the first time. What that was
+is read from Flower's own tables, so that it is known to a server that was started anew.
 """
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.supercore.date import now
-from flwr.supercore.state.schema.corestate_models import (
-    ObjectPushSession,
-    ObjectPushSessionPending,
-    ObjectPushSessionRoot,
-)
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select, update
 
-REMEMBERED_SECONDS = 900.0  # in which a device that was not answered asks again
+REMEMBERED_SECONDS = 900.0  # in which who was not answered asks again
 _MOST = 20_000  # parts; the oldest is forgotten first
 
 
-class Deliveries:
-    """Flower's handlers of devices' requests, each the same on being asked twice.
+class _Deliveries:
+    """Functions of one of Flower's modules of handlers, each the same on being asked twice.
 
     Args:
-        handlers: `flwr.superlink.servicer.fleet.fleet_handlers`, or what has its functions.
+        handlers: the module, or what has its functions.
         clock: seconds that pass.
     """
 
+    names: tuple[str, ...]  # of the functions
+
     def __init__(self, handlers: Any, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pull_messages = handlers.pull_messages
-        self._push_messages = handlers.push_messages
-        self._push_object = handlers.push_object
+        self._flowers = {name: getattr(handlers, name) for name in self.names}
         self._lock = threading.Lock()  # the server answers in many threads
         self._stored = _Recent(clock)  # (session, id of an object)
 
     def install(self, handlers: Any) -> None:
         """Put these in place of a module's functions, which its callers look up each time."""
-        for name in ("pull_messages", "push_messages", "push_object"):
+        for name in self.names:
             setattr(handlers, name, getattr(self, name))
+
+    def push_object(self, request: Any, state: Any, *task: Any) -> Any:
+        """As Flower's; a part that was stored before is stored."""
+        answer = self._flowers["push_object"](request, state, *task)
+        key = (request.session_id, request.object_id)
+        with self._lock:
+            if answer.stored:
+                self._stored.add(key, True)
+                return answer
+            # It may have been fetched since, and the store let it go.
+            answer.stored = bool(self._stored.get(key))
+        if not answer.stored:  # an id is the hash of what it names
+            answer.stored = bool(state.object_store.get(request.object_id))
+        return answer
+
+
+class DeviceDeliveries(_Deliveries):
+    """What devices ask: of `flwr.superlink.servicer.fleet.fleet_handlers`."""
+
+    names = ("pull_messages", "push_object")
 
     def pull_messages(self, request: Any, state: Any, store: Any) -> Any:
         """The next message, or an earlier one that the device never said it has.
@@ -59,34 +76,69 @@ class Deliveries:
         A SuperNode fetches one message after another: as long as it has not confirmed one,
         it does not ask for the next, unless it never got it or was started anew.
         """
-        answer = self._pull_messages(request=request, state=state, store=store)
+        answer = self._flowers["pull_messages"](request, state, store)
         if not answer.messages_list and _take_back(request.node.node_id, state, store):
-            answer = self._pull_messages(request=request, state=state, store=store)
+            answer = self._flowers["pull_messages"](request, state, store)
         return answer
 
-    def push_messages(self, request: Any, state: Any) -> Any:
-        """What of a reply is to be sent still."""
-        answer = self._push_messages(request=request, state=state)
-        if not answer.objects_to_push:
-            begun = _begun_push(request.messages_list[0].metadata.message_id, state)
-            if begun is not None:
-                answer.session_id, missing = begun
-                answer.objects_to_push.extend(missing)
+
+class RunDeliveries(_Deliveries):
+    """What runs ask: of `flwr.superlink.servicer.runtime.runtime_handlers`."""
+
+    names = ("pull_messages", "confirm_message_received", "push_object")
+
+    def pull_messages(self, request: Any, state: Any, task: Any) -> Any:
+        """The replies to messages; those too that the run was told of, and never had."""
+        _take_back_replies(request.message_ids, state)
+        return self._flowers["pull_messages"](request, _Keeping(state), task)
+
+    def confirm_message_received(self, request: Any, state: Any, task: Any) -> Any:
+        """As Flower's; the reply and what it answers go now, rather than as they are told of."""
+        answer = self._flowers["confirm_message_received"](request, state, task)
+        with state.session() as session:
+            message_id = session.scalar(
+                select(MessageRes.reply_to_message_id).where(
+                    MessageRes.message_id == request.message_object_id
+                )
+            )
+            if message_id is not None:
+                state.delete_messages({message_id})
         return answer
 
-    def push_object(self, request: Any, state: Any) -> Any:
-        """As Flower's; a part that was stored before is stored."""
-        answer = self._push_object(request=request, state=state)
-        key = (request.session_id, request.object_id)
-        with self._lock:
-            if answer.stored:
-                self._stored.add(key, True)
-                return answer
-            # The run may have fetched it since, and the store let it go.
-            answer.stored = bool(self._stored.get(key))
-        if not answer.stored:  # an id is the hash of what it names
-            answer.stored = bool(state.object_store.get(request.object_id))
-        return answer
+
+class _Keeping:
+    """Flower's state, of which messages that have a reply are not deleted."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def delete_messages(self, message_ins_ids: set[str]) -> None:
+        with self._state.session() as session:
+            replied = session.scalars(
+                select(MessageRes.reply_to_message_id).where(
+                    MessageRes.reply_to_message_id.in_(message_ins_ids)
+                )
+            ).all()
+        self._state.delete_messages(message_ins_ids - set(replied))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _take_back_replies(message_ids: Iterable[str], state: Any) -> None:
+    """Let replies to these be handed out again that were, and are still here.
+
+    What a run has fetched leaves the store.
+    """
+    handed_out = select(MessageRes.message_id).where(
+        MessageRes.reply_to_message_id.in_(list(message_ids)), MessageRes.delivered_at != ""
+    )
+    with state.session() as session:
+        here = [reply for reply in session.scalars(handed_out).all() if reply in state.object_store]
+        if here:
+            session.execute(
+                update(MessageRes).where(MessageRes.message_id.in_(here)).values(delivered_at="")
+            )
 
 
 def _take_back(node_id: int, state: Any, store: Any) -> bool:
@@ -117,31 +169,6 @@ def _take_back(node_id: int, state: Any, store: Any) -> bool:
                 )
                 return True
     return False
-
-
-def _begun_push(message_id: str, state: Any) -> tuple[str, list[str]] | None:
-    """Session of a reply that has been announced, and ids of what is missing of it.
-
-    None if it was not, or is here whole.
-    """
-    begun = (
-        select(ObjectPushSessionRoot.session_id)
-        .join(ObjectPushSession, ObjectPushSession.session_id == ObjectPushSessionRoot.session_id)
-        .where(
-            ObjectPushSessionRoot.root_object_id == message_id,
-            ObjectPushSession.expires_at > now(),
-        )
-    )
-    with state.session() as session:
-        session_id = session.scalar(begun)
-        if session_id is None:
-            return None
-        missing = session.scalars(
-            select(ObjectPushSessionPending.object_id).where(
-                ObjectPushSessionPending.session_id == session_id
-            )
-        )
-        return session_id, list(missing)
 
 
 class _Recent:

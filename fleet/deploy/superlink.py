@@ -195,10 +195,12 @@ def main() -> None:
     from flwr.superlink.main import create_app
     from flwr.superlink.servicer.control import control_handlers
     from flwr.superlink.servicer.fleet import fleet_handlers
+    from flwr.superlink.servicer.runtime import runtime_handlers
 
-    from fleet.deploy.delivery import Deliveries
+    from fleet.deploy.delivery import DeviceDeliveries, RunDeliveries
 
-    Deliveries(fleet_handlers).install(fleet_handlers)
+    DeviceDeliveries(fleet_handlers).install(fleet_handlers)
+    RunDeliveries(runtime_handlers).install(runtime_handlers)
     keep_signatures(control_handlers)
     config = _parse_superlink_lifespan_config()
     app = create_app(config, SuperLinkLifespan)

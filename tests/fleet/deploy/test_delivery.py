@@ -1,4 +1,4 @@
-"""A device whose answers are lost, against Flower's own state of a SuperLink.
+"""Devices and runs whose answers are lost, against Flower's own state of a SuperLink.
 
 Where a server is `restarted` it ends after each answer: the next one is given by another.
 """
@@ -18,7 +18,6 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -26,22 +25,23 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
-from fleet.deploy.delivery import REMEMBERED_SECONDS, Deliveries
+from fleet.deploy.delivery import REMEMBERED_SECONDS, DeviceDeliveries, RunDeliveries
 
 SERVER = 1  # Flower's own node
 _SEEDS = itertools.count()
 
 
 class World:
-    """A SuperLink with a run and a node, its ServerApp, and the node's requests.
+    """A SuperLink with a run and a node, and their requests.
 
     Args:
-        handlers: what answers the node: Flower's module, or what is to mend it.
         state: of the SuperLink.
+        handlers: what answers the node: Flower's module, or what is to mend it.
+        of_runs: what answers the ServerApp.
     """
 
-    def __init__(self, handlers, state):
-        self.handlers = handlers
+    def __init__(self, state, handlers=fleet_handlers, of_runs=runtime_handlers):
+        self.handlers, self.of_runs = handlers, of_runs
         self.state = state
         self.store = self.state.object_store
         self.node = self.state.create_node("", "", secrets.token_bytes(8), 0)
@@ -107,12 +107,29 @@ class World:
 
     def look(self, message_id):
         """Ids of replies that the ServerApp is handed."""
-        answer = runtime_handlers.pull_messages(
-            PullAppMessagesRequest(message_ids=[message_id]),
-            self.state,
-            SimpleNamespace(run_id=self.run),
-        )
+        request = PullAppMessagesRequest(message_ids=[message_id])
+        answer = self.of_runs.pull_messages(request, self.state, self._task)
         return [message.metadata.message_id for message in answer.messages_list]
+
+    def fetched(self, reply):
+        """The ServerApp says that it has a reply."""
+        request = ConfirmMessageReceivedRequest(
+            node=Node(node_id=SERVER), run_id=self.run, message_object_id=reply.metadata.message_id
+        )
+        self.of_runs.confirm_message_received(request, self.state, self._task)
+
+    def answered(self):
+        """A message, and the node's reply to it, which is here whole."""
+        asked = self.ask()
+        self.pulled(), self.confirm(asked)
+        reply = self.reply(asked)
+        objects, session = self.announce(reply)
+        assert all(self.send(reply, object_id, session) for object_id in objects)
+        return asked, reply
+
+    @property
+    def _task(self):
+        return SimpleNamespace(run_id=self.run)
 
     @property
     def _sender(self):
@@ -151,31 +168,37 @@ def state(tmp_path_factory):
 @pytest.fixture
 def flower(state):
     """With Flower's own handlers."""
-    return World(fleet_handlers, state)
+    return World(state)
 
 
 class Restarted:
     """Handlers of a server that is started anew before each request."""
 
+    def __init__(self, deliveries, flowers):
+        self._make = deliveries, flowers
+
     def __getattr__(self, name):
-        return getattr(patient_handlers(), name)
+        return getattr(patient(*self._make), name)
 
 
-def patient_handlers():
-    """Flower's functions, and those of one SuperLink that take the place of some of them."""
-    module = SimpleNamespace(**vars(fleet_handlers))
-    Deliveries(module).install(module)
+def patient(deliveries, flowers):
+    """Flower's functions, and those that take the place of some of them."""
+    module = SimpleNamespace(**vars(flowers))
+    deliveries(flowers).install(module)
     return module
 
 
 @pytest.fixture(params=["one server", "restarted"])
 def world(state, request):
     """With handlers that are the same on being asked twice."""
-    return World(patient_handlers() if request.param == "one server" else Restarted(), state)
+    make = patient if request.param == "one server" else Restarted
+    return World(
+        state, make(DeviceDeliveries, fleet_handlers), make(RunDeliveries, runtime_handlers)
+    )
 
 
 def test_flowers_own_message_is_lost_with_the_answer_that_brings_it(flower):
-    """What there is to mend: if this passes no more, `Deliveries.pull_messages` can go."""
+    """What there is to mend: if this passes no more, `DeviceDeliveries.pull_messages` can go."""
     asked = flower.ask()
     assert flower.pulled() == [asked]
     assert flower.pulled() == []
@@ -212,7 +235,7 @@ def test_a_message_that_an_error_answers_is_handed_out_no_more(world):
 
 
 def test_flowers_own_reply_is_lost_if_it_is_announced_again(flower):
-    """What there is to mend: if this passes no more, `Deliveries.push_messages` can go."""
+    """What there is to mend: if this passes no more, `RunDeliveries` need keep no message."""
     asked = flower.ask()
     flower.pulled(), flower.confirm(asked)
     reply = flower.reply(asked)
@@ -225,10 +248,9 @@ def test_a_reply_that_is_announced_again_is_sent_all_the_same(world):
     asked = world.ask()
     world.pulled(), world.confirm(asked)
     reply = world.reply(asked)
-    first = world.announce(reply)
+    assert world.announce(reply)[0]
     assert world.look(asked) == [reply.metadata.message_id]
     objects, session = world.announce(reply)
-    assert (set(objects), session) == (set(first[0]), first[1])
     assert set(objects) == get_all_nested_objects(reply).keys()
     assert all(world.send(reply, object_id, session) for object_id in objects)
     for object_id, content in get_all_nested_objects(reply).items():
@@ -236,7 +258,7 @@ def test_a_reply_that_is_announced_again_is_sent_all_the_same(world):
 
 
 def test_flowers_own_reply_is_given_up_if_a_part_is_sent_again(flower):
-    """What there is to mend: if this passes no more, `Deliveries.push_object` can go."""
+    """What there is to mend: if this passes no more, `DeviceDeliveries.push_object` can go."""
     asked = flower.ask()
     flower.pulled(), flower.confirm(asked)
     reply = flower.reply(asked)
@@ -271,24 +293,14 @@ def test_a_reply_whose_sending_was_cut_off_is_announced_again_and_arrives_whole(
 
 
 def test_a_part_whose_answer_was_lost_is_stored_though_the_run_has_taken_all_of_it(state):
-    world = World(patient_handlers(), state)
+    world = World(state, patient(DeviceDeliveries, fleet_handlers))
     asked = world.ask()
     world.pulled(), world.confirm(asked)
     reply = world.reply(asked)
     objects, session = world.announce(reply)
     assert all(world.send(reply, object_id, session) for object_id in objects)
-    world.store.delete(reply.metadata.message_id)  # as the ServerApp has it
+    world.fetched(reply)
     assert world.send(reply, objects[-1], session)
-
-
-def test_a_push_that_took_too_long_is_not_gone_on_with(world, monkeypatch):
-    asked = world.ask()
-    world.pulled(), world.confirm(asked)
-    reply = world.reply(asked)
-    monkeypatch.setattr(sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", -1)
-    assert world.announce(reply)[0]
-    assert world.look(asked) == [reply.metadata.message_id]
-    assert world.announce(reply)[0] == []
 
 
 def test_a_reply_to_a_run_that_has_ended_is_still_refused(world):
@@ -301,21 +313,74 @@ def test_a_reply_to_a_run_that_has_ended_is_still_refused(world):
 
 def test_parts_stored_long_ago_are_forgotten(state):
     clock = [0.0]
-    deliveries = Deliveries(fleet_handlers, clock=lambda: clock[0])
+    deliveries = DeviceDeliveries(fleet_handlers, clock=lambda: clock[0])
     module = SimpleNamespace(**vars(fleet_handlers))
     deliveries.install(module)
-    world = World(module, state)
+    world = World(state, module)
     for _ in range(3):
-        asked = world.ask()
-        world.pulled(), world.confirm(asked)
-        reply = world.reply(asked)
-        objects, session = world.announce(reply)
-        assert all(world.send(reply, object_id, session) for object_id in objects)
+        _, reply = world.answered()
         clock[0] += REMEMBERED_SECONDS + 1
-    assert len(deliveries._stored._answers) == len(objects)
+    assert len(deliveries._stored._answers) == len(get_all_nested_objects(reply))
 
 
-def test_flowers_router_looks_its_handlers_up_each_time():
+def test_flowers_own_reply_is_lost_with_the_answer_that_tells_the_run_of_it(flower):
+    """What there is to mend: if this passes no more, `RunDeliveries` can go."""
+    asked, reply = flower.answered()
+    assert flower.look(asked) == [reply.metadata.message_id]
+    (instead,) = flower.look(asked)
+    assert instead != reply.metadata.message_id  # an error: the message is not there any more
+
+
+def test_a_run_is_told_of_a_reply_until_it_has_it(world):
+    asked, reply = world.answered()
+    assert [world.look(asked) for _ in range(3)] == [[reply.metadata.message_id]] * 3
+    assert world.state.get_valid_message_ins(asked) is not None
+    world.fetched(reply)
+    assert world.state.get_valid_message_ins(asked) is None
+    assert reply.metadata.message_id not in world.store
+    (instead,) = world.look(asked)  # as Flower's own
+    assert instead != reply.metadata.message_id
+
+
+def test_a_run_is_told_of_a_reply_that_is_still_being_sent_until_it_has_it(world):
+    asked = world.ask()
+    world.pulled(), world.confirm(asked)
+    reply = world.reply(asked)
+    objects, session = world.announce(reply)
+    assert [world.look(asked) for _ in range(2)] == [[reply.metadata.message_id]] * 2
+    assert all(world.send(reply, object_id, session) for object_id in objects)
+    world.fetched(reply)
+    assert world.state.get_valid_message_ins(asked) is None
+
+
+def test_a_message_that_nobody_knows_is_answered_by_an_error_each_time(world):
+    assert [len(world.look("0" * 64)) for _ in range(2)] == [1, 1]
+
+
+def test_a_part_of_a_message_that_is_sent_again_is_stored(world, flower):
+    for each, again in ((flower, False), (world, True)):
+        message = each._message(SERVER, each.node, content=tensors())
+        session = each.state.start_session(each.run)
+        each.state.store_message_and_object_tree(
+            remove_content_from_message(message), get_object_tree(message), session
+        )
+        object_id, part = next(iter(get_all_nested_objects(message).items()))
+        request = PushObjectRequest(
+            node=Node(node_id=SERVER),
+            run_id=each.run,
+            object_id=object_id,
+            object_content=part.deflate(),
+            session_id=session,
+        )
+        stored = [
+            each.of_runs.push_object(request, each.state, each._task).stored for _ in range(2)
+        ]
+        assert stored == [True, again]
+
+
+def test_flowers_routers_look_their_handlers_up_each_time():
+    from flwr.superlink.main import create_app
     from flwr.superlink.routers.fleet import router
 
     assert router.fleet_handlers is fleet_handlers
+    assert create_app().state.runtime_handlers is runtime_handlers
