@@ -236,6 +236,16 @@ def lead_through(provisioner: Provisioner, device: str, port: int) -> None:
     (bundle / "bundle.toml").write_bytes(moved["bundle.toml"])
 
 
+def superlink_of(processes: Processes) -> psutil.Process:
+    """That of the server in the process called "server"."""
+    (found,) = (
+        child
+        for child in processes.process("server").children()
+        if "fleet.deploy.superlink" in child.cmdline()
+    )
+    return found
+
+
 def rounds_on_record(record: RunRecord) -> int:
     """Round 0 included."""
     return len(record.rounds_path.read_text().splitlines()) if record.rounds_path.exists() else 0

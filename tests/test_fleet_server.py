@@ -27,6 +27,7 @@ from tests.deployment import (
     handshake,
     processes_in_a_folder,
     rounds_on_record,
+    superlink_of,
     wait_for_keys,
     write_digits,
 )
@@ -268,12 +269,3 @@ def bundle_of_a_stranger(provisioner: Provisioner) -> Path:
     folder = other.out / STRANGER
     (folder / "ca.crt").write_bytes(provisioner.server.authority_path.read_bytes())
     return folder
-
-
-def superlink_of(processes: Processes) -> psutil.Process:
-    (found,) = (
-        child
-        for child in processes.process("server").children()
-        if "fleet.deploy.superlink" in child.cmdline()
-    )
-    return found
