@@ -1,6 +1,7 @@
 """Each tracker against its own library, read back with that library's own reader."""
 
 import json
+import shutil
 import struct
 import sys
 
@@ -69,11 +70,21 @@ def test_tensorboard_from_the_command_line_writes_into_the_run_s_folder(tmp_path
     assert read == pytest.approx(on_record(record, "accuracy"))
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """To make its tables takes seconds."""
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is an extra: mlflow")
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def mlflow(tmp_path, monkeypatch):
+def mlflow(empty_store, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="MLflow is an extra: mlflow")
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     yield mlflow
     mlflow.set_tracking_uri(before)
@@ -114,8 +125,10 @@ def offline_history(folder):
     wandb has no reader of it in Python. It is a log as LevelDB's, of wandb's own protobuf
     records, behind seven bytes: in blocks of 32 KiB, each piece with checksum, length and kind.
     """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its own process has written all of the file once it has ended
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     content, at, whole = path.read_bytes(), 7, b""
     history, config, exits = [], {}, []
