@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from fleet.durable import write_durably
 from fleet.errors import ConfigError
+from fleet.model_file import model_bytes
 from fleet.trained import Source, TrainedModel, trained_model
 
 DESCRIPTION = "model.json"  # name of the description within a PyTorch archive
@@ -87,11 +88,7 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _safetensors(trained: TrainedModel) -> bytes:
-    from safetensors.torch import save
-
-    tensors = trained.model.state_dict()
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata=trained.facts())
+    return model_bytes(trained.model.state_dict(), trained.facts())
 
 
 def _pytorch(trained: TrainedModel) -> bytes:

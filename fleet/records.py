@@ -399,17 +399,14 @@ class RunRecord:
             ConfigError: if it cannot be written.
         """
         # Here, not above: it brings torch, which a report does without.
-        from safetensors import SafetensorError, numpy, torch
+        from safetensors import SafetensorError
 
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save = torch.save
-        with contextlib.suppress(TypeError):  # of a dtype that NumPy does not have
-            # safetensors.torch leaves two objects a tensor to the collector of cycles, every round.
-            whole, save = {name: tensor.numpy() for name, tensor in whole.items()}, numpy.save
+        from fleet.model_file import model_bytes
+
         try:
             with _replacing(self.model_path) as path:
-                # Not save_file: its files are for their owner alone.
-                path.write_bytes(save(whole, metadata=dict(facts)))
+                # Not safetensors' save_file: its files are for their owner alone.
+                path.write_bytes(model_bytes(tensors, facts))
         except SafetensorError as error:
             raise _unwritten(self.model_path, error) from error
 

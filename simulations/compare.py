@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from simulations.adversity import OF_ADVERSITY, Adversity
 from simulations.cell_pool import OnRound, run_cells
 from simulations.cells import Cell, CellFolders, Keys
 from simulations.checks import check_settings
-from simulations.comparison import CELLS, COLUMNS, RECIPE, ComparedRow, Comparison
+from simulations.comparison import (
+    CELLS,
+    COLUMNS,
+    RECIPE,
+    WRITTEN,
+    ComparedRow,
+    Comparison,
+)
 from simulations.recipe import Recipe, Variant, group_of, recipe_of
 
 RUNS = "runs"
@@ -60,11 +68,7 @@ def compare(
         raise ConfigError(f"jobs must be a whole number from 1 on, got {jobs!r}")
     variants = asked.variants()
     folder = Path(out).absolute()
-    if RunRecord(folder).config_path.is_file():
-        raise ConfigError(
-            f"{folder} is the folder of a run, whose page a comparison would write over; name "
-            f"another folder"
-        )
+    _check_folder(folder)
     with _alone_in(folder):
         folders = CellFolders(folder / RUNS)
         folders.clear()
@@ -211,6 +215,25 @@ def _measured(
             f"it is set aside as {place} and run again"
         )
         return None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder in which a comparison would write over what is not its own.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if RunRecord(folder).config_path.is_file():
+        raise ConfigError(
+            f"{folder} is the folder of a run, whose page a comparison would write over; name "
+            f"another folder"
+        )
+    there = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    if there and not (CELLS in there and (folder / RUNS).is_dir()):
+        raise ConfigError(
+            f"{folder} has a file {there[0]} that no comparison wrote, and one would write over "
+            f"it; name another folder with --out"
+        )
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
 RECIPE, CELLS = "recipe.toml", "cells.jsonl"  # what a comparison's folder is known by
+WRITTEN = (CELLS, RECIPE, "table.md", "table.csv", "report.html")  # anew each time; and pictures
 _POINT = 0.01  # below the reference's accuracy: the target where none is given
 
 
@@ -234,8 +235,8 @@ class Comparison:
         table = self.table()
         try:
             lines = [to_json(cell) + "\n" for cell in self.cells()]
-            (self.folder / RECIPE).write_text(self.recipe.as_toml())
             (self.folder / CELLS).write_text("".join(lines))
+            (self.folder / RECIPE).write_text(self.recipe.as_toml())
             (self.folder / "table.md").write_text(as_markdown(table))
             (self.folder / "table.csv").write_text(self._csv())
         except OSError as error:

@@ -60,8 +60,9 @@ class WorkerPool:
     uses CUDA, or on other systems, do not work; there a worker starts afresh,
     which takes seconds, and the ClientApp must be one that can be imported.
 
-    A worker uses one thread of PyTorch. Should it die, the client that it ran
-    has an error as its reply, and another worker takes its place.
+    A worker uses one thread of PyTorch. Should it die, another takes its place, and what it
+    ran is run again: the result is as if nothing had happened. A client whose worker dies
+    twice has an error as its reply.
 
     Args:
         clients: what workers run.
@@ -76,6 +77,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._waiting: dict[str, Message] = {}  # id → message that no worker has
         self._done: dict[str, Message] = {}  # id → reply that nobody has asked for
+        self._lost: set[str] = set()  # ids of messages whose worker has died, once
 
     def ask(self, message: Message) -> None:
         """Take a message, and begin on it as soon as a worker is free."""
@@ -152,20 +154,28 @@ class WorkerPool:
         except (EOFError, OSError):
             self._bury(worker)
             return
-        self._done[worker.message.metadata.message_id] = reply
+        message_id = worker.message.metadata.message_id
+        self._done[message_id] = reply
+        self._lost.discard(message_id)
         worker.message = None
 
     def _bury(self, worker: _Worker) -> None:
-        """An error in the place of a dead worker's reply, and a worker in its place."""
+        """A worker in a dead one's place; its message waits again, or has an error as reply."""
         message, worker.message = worker.message, None
         _end(worker.process)
-        reason = (
-            f"the worker process that ran client {number_of(message)} "
-            f"{_ending(worker.process.exitcode)}"
-        )
-        self._done[message.metadata.message_id] = Message(
-            Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message
-        )
+        message_id = message.metadata.message_id
+        if message_id not in self._lost:
+            self._lost.add(message_id)
+            self._waiting = {message_id: message} | self._waiting
+        else:
+            self._lost.discard(message_id)
+            reason = (
+                f"two worker processes that ran client {number_of(message)} ended, one after the "
+                f"other; the last {_ending(worker.process.exitcode)}"
+            )
+            self._done[message_id] = Message(
+                Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message
+            )
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> _Worker:

@@ -181,6 +181,20 @@ def test_a_runs_own_folder_is_not_written_over(copy):
         again(run)
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "table.csv", "cells.jsonl", "report.html"])
+def test_a_folder_with_files_of_the_users_own_is_refused_and_stays_as_it_was(tmp_path, name):
+    (tmp_path / "runs").mkdir()  # as of `fleet simulate`, beside which a comparison may be
+    if name == "cells.jsonl":
+        (tmp_path / "runs").rmdir()
+    (tmp_path / name).write_text("# mine")
+    with pytest.raises(
+        ConfigError, match=rf"has a file {name} that no comparison wrote, .* with --out"
+    ):
+        compare({"settings": {"rounds": 1}}, tmp_path)
+    assert (tmp_path / name).read_text() == "# mine"
+    assert {path.name for path in tmp_path.iterdir()} <= {name, "runs"}
+
+
 def without_measurements(cell):
     return json.dumps(json.loads(cell) | {"measured": {}})
 

@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fleet.errors import ConfigError
 from fleet.message import read_metrics, write_metrics
 from simulations.footprint import footprint
-from simulations.local_clients import LocalClients
+from simulations.local_clients import SERVER_NODE_ID, LocalClients
 from simulations.local_engine import LocalGrid
 from simulations.workers import WorkerPool, read_workers
 
@@ -185,7 +185,33 @@ def test_messages_to_one_client_are_answered_in_turn_whatever_is_pulled_first(gr
     assert [answers(grid.pull_messages({ids[i]})) for i in (3, 0, 2, 1)] == [[3], [1], [1], [2]]
 
 
-def test_a_worker_that_is_killed_is_an_error_of_its_client_alone_and_is_replaced(grid_of):
+def test_what_a_worker_ran_that_was_killed_is_run_again_as_if_nothing_had_happened(
+    grid_of, tmp_path
+):
+    def answer(message, context):
+        seen = context.state.setdefault("seen", ConfigRecord({"n": 0}))
+        seen["n"] += 1
+        once = tmp_path / f"{number(context)}-{message.metadata.group_id}"
+        if number(context) in (1, 2) and message.metadata.group_id in "23" and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"answer": seen["n"]}
+
+    grid = grid_of(answer)
+    before = len(children())
+    for server_round in "123":
+        asked = [
+            Message(RecordDict(), node, "train", group_id=server_round)
+            for node in grid.get_node_ids()
+        ]
+        replies = list(grid.send_and_receive(asked))
+        assert [r.metadata.dst_node_id for r in replies] == [SERVER_NODE_ID] * 4
+        assert answers(replies) == [int(server_round)] * 4
+    assert len([*tmp_path.iterdir()]) == 4  # so often one was killed
+    assert len(children()) - before == 2
+
+
+def test_a_client_whose_workers_are_killed_twice_has_an_error_as_its_reply(grid_of):
     def answer(message, context):
         seen = context.state.setdefault("seen", ConfigRecord({"n": 0}))
         seen["n"] += 1
@@ -205,8 +231,8 @@ def test_a_worker_that_is_killed_is_an_error_of_its_client_alone_and_is_replaced
     bad = replies[1].pop(1)
     assert bad.error.code == ErrorCode.CLIENT_APP_CRASHED
     assert bad.error.reason == (
-        "the worker process that ran client 1 was killed (SIGKILL), as the system does where "
-        "memory runs out; use fewer workers"
+        "two worker processes that ran client 1 ended, one after the other; the last was killed "
+        "(SIGKILL), as the system does where memory runs out; use fewer workers"
     )
     # What it had changed of its state by then is as it was.
     assert [answers(r) for r in replies] == [[1, 1, 1, 1], [2, 2, 2], [3, 2, 3, 3]]
