@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,24 @@ from simulations.checks import check_fleet
 from simulations.workers import read_workers
 
 ENGINES = ("local", "flower")
+_running = threading.Lock()
 
 
+@contextlib.contextmanager
+def _alone_in_this_process() -> Iterator[None]:
+    """An engine changes modules of PyTorch's and Flower's for as long as its run goes on."""
+    if not _running.acquire(blocking=False):
+        raise ConfigError(
+            "another run goes on in this process, which has room for one at a time; wait for it, "
+            "or begin this one in a process of its own, as compare(recipe, out, jobs=2) does"
+        )
+    try:
+        yield
+    finally:
+        _running.release()
+
+
+@_alone_in_this_process()
 def simulate(
     settings: Mapping[str, Value] | None = None,
     engine: str = "local",

@@ -59,8 +59,30 @@ def command(
 
     Runs that are there are not run again; the same command goes on where it was stopped.
     """
-    find_modules_here()
-    from simulations.compare import compare, load_recipe
+    try:
+        with signals_stop():
+            find_modules_here()
+            asked = _asked(recipe, vary, settings, seeds, target, columns)
+            _ask(asked.num_cells, yes)
+            comparison = _shown(asked, out, jobs, keep_models)
+    except KeyboardInterrupt as stopped:
+        click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
+        raise click.exceptions.Exit(exit_code(stopped)) from None
+    show_comparison(comparison, output_format)
+    if comparison.failed:
+        raise click.exceptions.Exit(1)
+
+
+def _asked(
+    recipe: Path | None,
+    vary: tuple[str, ...],
+    settings: tuple[str, ...],
+    seeds: str | None,
+    target: float | None,
+    columns: str | None,
+) -> Any:
+    """The `simulations.recipe.Recipe` that a file and options ask for."""
+    from simulations.compare import load_recipe
     from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
     values: dict[str, Any] = read_toml(recipe) if recipe else {}
@@ -78,25 +100,23 @@ def command(
                 f"--columns names none, got {columns!r}; name some, as accuracy,bytes-up, or leave "
                 f"it out for all"
             )
-    asked = load_recipe(values)
-    _ask(asked.num_cells, yes)
-    try:
-        with signals_stop(), show_sweep(asked.num_cells) as (on_cell, on_round, note):
-            comparison = compare(
-                asked,
-                out,
-                jobs=jobs,
-                keep_models=keep_models,
-                on_cell=on_cell,
-                on_round=on_round,
-                on_note=note,
-            )
-    except KeyboardInterrupt as stopped:
-        click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
-        raise click.exceptions.Exit(exit_code(stopped)) from None
-    show_comparison(comparison, output_format)
-    if comparison.failed:
-        raise click.exceptions.Exit(1)
+    return load_recipe(values)
+
+
+def _shown(asked: Any, out: Path, jobs: int, keep_models: bool) -> Any:
+    """The `simulations.comparison.Comparison`, its progress shown."""
+    from simulations.compare import compare
+
+    with show_sweep(asked.num_cells) as (on_cell, on_round, note):
+        return compare(
+            asked,
+            out,
+            jobs=jobs,
+            keep_models=keep_models,
+            on_cell=on_cell,
+            on_round=on_round,
+            on_note=note,
+        )
 
 
 def show_comparison(comparison: Any, output_format: str) -> None:

@@ -37,7 +37,7 @@ def main(name: str, venvs: Path | None, repeats: int) -> None:
         for engine in known:
             costs[engine.name].append(run_job(engine, job.rounds))
             click.echo(f"{engine.name}: {costs[engine.name][-1]}", err=True)
-    more = " --venvs FOLDER" if venvs else ""
+    more = (" --venvs FOLDER" if venvs else "") + f" --repeats {repeats}"
     click.echo(f"    python -m simulations.benchmark_engines --job {name}{more}\n")
     made = table(known, costs, job) if job.task else start_table(costs["fleet simulate"], job)
     click.echo(as_markdown(made).replace("## ", "### ", 1))

@@ -105,8 +105,9 @@ def engines(venvs: Path | None, job: Job = JOBS["small"]) -> list[Engine]:
     """Those that can run a job here; the plain loop first, where it is one."""
     found = [
         Engine("plain loop", sys.executable, ("loop_job.py", job.task)),
-        Engine("ours", sys.executable, ("flower_job.py", job.task, "local")),
-        Engine("Flower's (Ray)", sys.executable, ("flower_job.py", job.task, "flower")),
+        Engine("ours", sys.executable, ("flower_job.py", job.task, "local", "1")),
+        Engine("ours, two workers", sys.executable, ("flower_job.py", job.task, "local", "2")),
+        Engine("Flower's (Ray)", sys.executable, ("flower_job.py", job.task, "flower", "1")),
     ]
     if not job.task:
         return [Engine("fleet simulate", sys.executable, ("simulate_job.py",))]

@@ -356,3 +356,14 @@ def test_adversity_that_cannot_be_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(ConfigError, match=text):
         simulate(SMALL | {"run-dir": str(tmp_path / "run")}, **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_has_one_run_at_a_time(tmp_path):
+    def begin_another(report):
+        simulate(SMALL | {"run-dir": str(tmp_path / "inside")})
+
+    with pytest.raises(ConfigError, match=r"another run goes on in this process.*wait for it, or"):
+        simulate(SMALL | {"run-dir": str(tmp_path / "outside")}, on_round=begin_another)
+    assert not (tmp_path / "inside").exists()
+    afterwards = simulate(SMALL | {"run-dir": str(tmp_path / "afterwards")})
+    assert len([*afterwards.rounds()]) == 2

@@ -1,4 +1,5 @@
-"""A job as a Flower app: the task that is named, on the engine, `local` or `flower`."""
+"""A job as a Flower app: the task that is named, on the engine, `local` with so many workers or
+`flower`."""
 
 import logging
 from importlib import import_module
@@ -7,7 +8,7 @@ from importlib.metadata import version
 from marks import Marks
 
 
-def run(marks: Marks, task_name: str, engine: str) -> float:
+def run(marks: Marks, task_name: str, engine: str, workers: str) -> float:
     """Train, and return the loss of the last network."""
     import torch
     from app import client_app, server_app
@@ -19,7 +20,7 @@ def run(marks: Marks, task_name: str, engine: str) -> float:
     if engine == "local":
         from simulations.local_engine import run_local
 
-        run_local(server, client_app, {}, task.CLIENTS)
+        run_local(server, client_app, {}, task.CLIENTS, workers=int(workers))
     else:
         from flwr.simulation import run_simulation
 
