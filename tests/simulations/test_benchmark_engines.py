@@ -27,8 +27,8 @@ def test_jobs_of_other_engines_are_the_small_one_alone(tmp_path):
     for name in ("blazefl", "pfl"):
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin" / "python").touch()
-    assert len(engines(tmp_path)) == 6
-    assert len(engines(tmp_path, JOBS["mobilenet"])) == 3
+    assert len(engines(tmp_path)) == 7
+    assert len(engines(tmp_path, JOBS["mobilenet"])) == 4
 
 
 def test_a_cost_is_of_the_rounds_between_two_looks():
