@@ -1,22 +1,14 @@
 """What trains without PyTorch's compiler, and that nothing misses what it has not imported.
 
-Every case is a process of its own: what is imported stays.
+Every case is a process of its own: what is imported stays. Each is a fork of one that has
+imported what the case begins with.
 """
 
-import subprocess
-import sys
-from textwrap import dedent
+from collections.abc import Iterator
 
 import pytest
 
-
-def run(*code: str) -> str:
-    """What a fresh Python prints."""
-    lines = "\n".join(dedent(part) for part in code)
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
+from tests.forks import Prepared, prepared
 
 WARM = """
     import sys
@@ -50,18 +42,44 @@ TRAIN = """
 """
 
 
-def test_a_device_trains_without_the_compiler_and_what_it_brings():
+@pytest.fixture(scope="module")
+def torch_alone() -> Iterator[Prepared]:
+    with prepared("import sys, torch", "assert 'torch._dynamo' not in sys.modules") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Prepared]:
+    """All that a device imports, as it does."""
+    with prepared(WARM) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def torch_aside() -> Iterator[Prepared]:
+    """Like a device that has imported PyTorch, the first of its libraries."""
+    with prepared(
+        "import sys",
+        "from fleet.without_compiler import compiler_aside",
+        "aside = compiler_aside()",
+        "aside.__enter__()",
+        "import torch",
+    ) as process:
+        yield process
+
+
+def test_a_device_trains_without_the_compiler_and_what_it_brings(device):
     heavy = '[m for m in ("torch._dynamo", "triton", "sympy") if m in sys.modules]'
-    assert run(WARM, TRAIN, f"print({heavy})") == "[]"
+    assert device.run(TRAIN, f"print({heavy})") == "[]"
 
 
-def test_whoever_needs_the_compiler_later_gets_it():
+def test_whoever_needs_the_compiler_later_gets_it(device):
     compiled = "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
     named = "print(torch._dynamo.__name__, callable(torch._dynamo.optimize))"
-    assert run(WARM, "import torch", compiled, named) == "2.0\ntorch._dynamo True"
+    assert device.run("import torch", compiled, named) == "2.0\ntorch._dynamo True"
 
 
-def test_what_asks_for_the_compilers_help_as_it_runs_gets_the_same_answer():
+def test_what_asks_for_the_compilers_help_as_it_runs_gets_the_same_answer(device, torch_alone):
     align = """
         import torch
         from torchvision.ops import roi_align
@@ -69,7 +87,7 @@ def test_what_asks_for_the_compilers_help_as_it_runs_gets_the_same_answer():
         boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
         print(roi_align(torch.arange(64.0).reshape(1, 1, 8, 8), boxes, (2, 2)).tolist())
     """
-    assert run(WARM, align) == run(align)
+    assert device.run(align) == torch_alone.run(align) != ""
 
 
 @pytest.mark.parametrize(
@@ -82,12 +100,8 @@ def test_what_asks_for_the_compilers_help_as_it_runs_gets_the_same_answer():
         "import torch\ntorch.compile(lambda x: x + 1, backend='eager')(torch.ones(1))",
     ],
 )
-def test_who_needs_more_of_the_compiler_gets_it_and_once(needs):
-    found = run(
-        "import sys",
-        "from fleet.without_compiler import compiler_aside",
-        "aside = compiler_aside()",
-        "aside.__enter__()",
+def test_who_needs_more_of_the_compiler_gets_it_and_once(needs, torch_aside):
+    found = torch_aside.run(
         needs,
         "assert hasattr(sys.modules['torch._dynamo'], 'convert_frame')",
         "aside.__exit__(None, None, None)",
@@ -98,7 +112,7 @@ def test_who_needs_more_of_the_compiler_gets_it_and_once(needs):
     assert found.split() == ["True", "torch._dynamo.config", "True"]
 
 
-def test_an_optimizer_of_pytorchs_steps_the_same():
+def test_an_optimizer_of_pytorchs_steps_the_same(torch_alone):
     steps = """
         import torch
 
@@ -120,10 +134,10 @@ def test_an_optimizer_of_pytorchs_steps_the_same():
             train()
         assert "torch._dynamo" not in sys.modules
     """
-    assert run(steps, aside) == run(steps, "train()")
+    assert torch_alone.run(steps, aside) == torch_alone.run(steps, "train()") != ""
 
 
-def test_what_is_never_compiled_is_not_afterwards_either():
+def test_what_is_never_compiled_is_not_afterwards_either(torch_alone):
     once = """
         import torch
         from fleet.without_compiler import compiler_aside
@@ -145,11 +159,12 @@ def test_what_is_never_compiled_is_not_afterwards_either():
         step(torch.ones(4, 3)).backward()
         print(len(graphs))
     """
-    assert run(once) == run(once.replace("with compiler_aside():", "if True:"))
+    plain = once.replace("with compiler_aside():", "if True:")
+    assert torch_alone.run(once) == torch_alone.run(plain) != ""
 
 
-def test_nothing_stands_in_for_a_compiler_that_is_there():
-    run(
+def test_nothing_stands_in_for_a_compiler_that_is_there(torch_alone):
+    torch_alone.run(
         "import sys, torch._dynamo as before",
         "from fleet.without_compiler import compiler_aside",
         "with compiler_aside(): assert sys.modules['torch._dynamo'] is before",

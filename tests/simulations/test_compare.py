@@ -1,4 +1,8 @@
-"""Comparisons that really run: what is there is kept, what is damaged or failed is told."""
+"""Comparisons that really run: what is there is kept, what is damaged or failed is told.
+
+The first one and the command have workers of their own; those of the rest are forks of this
+process and need import nothing.
+"""
 
 import csv
 import dataclasses
@@ -23,6 +27,7 @@ from simulations.cells import Keys
 from simulations.compare import load_recipe, redraw
 from simulations.comparison import COLUMNS
 from simulations.recipe import recipe_of
+from tests import forked_cells
 from tests.commands import FLEET
 from tests.runs import SMALL
 
@@ -46,6 +51,13 @@ def first(tmp_path_factory):
 def copy(first, tmp_path):
     """The same in a folder that a test may change."""
     return shutil.copytree(first[0].folder, tmp_path / "out")
+
+
+@pytest.fixture
+def quick_cells(first, quick_runs, monkeypatch):
+    """Cells are run by forks, and there are no pictures of what they came to."""
+    monkeypatch.setattr("simulations.cell_pool._Process._start", forked_cells.start)
+    monkeypatch.setattr("fleet.report.page.comparison_pictures", lambda *_: ([], []))
 
 
 def again(folder, recipe=RECIPE, **more):
@@ -120,6 +132,7 @@ def test_nothing_is_run_again_and_the_files_are_the_same(first, copy):
     assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
     recipe = RECIPE | {"seeds": [1], "vary": {"codec": ["int8"]}}
     comparison, ran, notes = again(copy, recipe, keep_models=True)
@@ -144,6 +157,7 @@ def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
     )
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_a_kept_model_that_was_removed_to_make_room_is_no_damage(copy):
     recipe = RECIPE | {"seeds": [1], "vary": {"codec": ["int8"]}}
     comparison, _, _ = again(copy, recipe, keep_models=True)
@@ -154,6 +168,7 @@ def test_a_kept_model_that_was_removed_to_make_room_is_no_damage(copy):
     assert len(ran) == 1
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_a_run_by_workers_is_the_same_run(copy):
     recipe = RECIPE | {"seeds": [0, 2], "vary": {"codec": ["int8"]}}
     with_workers = recipe | {"settings": SMALL | {"workers": 2}}
@@ -207,6 +222,7 @@ DAMAGE = {  # run → its file, what becomes of that, and what is said of it
 }
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_damaged_runs_are_set_aside_named_and_run_again_and_a_further_seed_runs_too(first, copy):
     rows = {row.variant.name: row for row in first[0].rows}
     keys = [rows[name].runs[seed][0].path.name for name, seed in DAMAGE]
@@ -234,6 +250,7 @@ def accuracies(run):
     return [report.accuracy for report in RunRecord(run).rounds()]
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     (tmp_path / "bad_rule.py").write_text("def rule(updates):\n    raise RuntimeError('no luck')\n")
     (tmp_path / "killer.py").write_text("import os\n\ndef rule(updates):\n    os._exit(3)\n")
@@ -276,7 +293,17 @@ def sweep(tmp_path):
         process.stderr.close()
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(sweep, tmp_path):
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        # Ends a run as Ctrl-C does, which tests of stopping hold.
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
+    sweep, tmp_path, number
+):
     process, runs = sweep(), tmp_path / "out" / "runs"
     assert "1 of 3: as set, seed 0" in process.stderr.readline()
     os.kill(process.pid, signal.SIGKILL)
@@ -286,24 +313,30 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(sw
         time.sleep(0.1)  # its worker notices, and clears up
     assert len(list(runs.iterdir())) == 1
 
-    for done, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
-        process = sweep()
-        assert f"{done} of 3 runs are there already" in process.stderr.readline()
-        if done == 1:
-            assert "2 of 3: as set, seed 1" in process.stderr.readline()
-        while not (workers := psutil.Process(process.pid).children(recursive=True)):
-            time.sleep(0.1)
-        process.send_signal(number)
-        assert process.wait(timeout=300) == 128 + number
-        assert not [worker for worker in workers if worker.is_running()]
-        said = process.stderr.read()
-        assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
-        assert "Traceback" not in said
-        assert len(list(runs.iterdir())) == 2
-        assert "| as set | 2 of 3 |" in (tmp_path / "out" / "table.md").read_text()
-        *_, last = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
-        assert json.loads(last)["reason"] == "not run yet: the comparison was stopped"
-        assert (tmp_path / "out" / "report.html").is_file()
+    process = sweep()
+    assert "1 of 3 runs are there already" in process.stderr.readline()
+    assert "2 of 3: as set, seed 1" in process.stderr.readline()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.send_signal(number)
+    assert process.wait(timeout=300) == 128 + number
+    assert not [worker for worker in workers if lives(worker)]
+    said = process.stderr.read()
+    assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
+    assert "Traceback" not in said
+    assert len(list(runs.iterdir())) == 2
+    assert "| as set | 2 of 3 |" in (tmp_path / "out" / "table.md").read_text()
+    *_, last = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert json.loads(last)["reason"] == "not run yet: the comparison was stopped"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def lives(process):
+    """Whether it runs; one that has ended is listed until its parent, or init, takes notice."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize(
@@ -355,6 +388,7 @@ def test_a_key_is_of_all_that_decides_the_result(tmp_path, monkeypatch):
     assert key() == others[-1]
 
 
+@pytest.mark.usefixtures("quick_cells")
 def test_a_rule_whose_helper_is_edited_in_between_is_run_again(tmp_path, monkeypatch):
     (tmp_path / "edited_rule.py").write_text(
         "def rule(updates):\n"
