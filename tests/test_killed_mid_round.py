@@ -2,9 +2,10 @@
 
 Its ClientApp dies alone, by SIGKILL and by SIGTERM; its SuperNode does, while the client that
 keeps it running lives on; its network is gone for most of one. The other device trains on.
+`-m slow` takes the three that wait longest, in a run of their own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -39,7 +40,23 @@ SETTINGS = SMALL_RUN | {
     "round-timeout": ROUND_SECONDS,
     "cache": "off",
 }
-EVENTS = ("ClientApp killed", "ClientApp ended", "SuperNode killed", "network gone")
+# What happens to the device, one after the other, in a run.
+QUICK = ("ClientApp killed",)
+SLOW = ("ClientApp ended", "SuperNode killed", "network gone")
+each_life = pytest.mark.parametrize(
+    "life",
+    [pytest.param(QUICK, id="quick"), pytest.param(SLOW, id="long", marks=pytest.mark.slow)],
+    indirect=True,
+)
+each_event = pytest.mark.parametrize(
+    ("life", "event"),
+    [
+        *(pytest.param(QUICK, event, id=event) for event in QUICK),
+        *(pytest.param(SLOW, event, id=event, marks=pytest.mark.slow) for event in SLOW),
+    ],
+    indirect=["life"],
+    scope="module",
+)
 
 
 @dataclass(frozen=True)
@@ -66,24 +83,24 @@ class Life:
 
 
 @pytest.fixture(scope="module")
-def life() -> Iterator[Life]:
+def life(request) -> Iterator[Life]:
     (port,) = free_ports(1)
     with processes_in_a_folder() as processes, stalling_relay((HOST, port)) as relay:
         try:
-            yield live(processes, port, relay)
+            yield live(processes, port, relay, request.param)
         except AssertionError:
             print(processes.all_logs())
             raise
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@each_event
 def test_the_round_commits_by_its_deadline_with_the_others_update(life, event):
     report = life.events[event].lost
     assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
     assert report.seconds < ROUND_SECONDS + SLACK_SECONDS
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@each_event
 def test_the_device_is_named_on_record_and_to_who_follows(life, event):
     report = life.events[event].lost
     assert report.refused.keys() == {LOST}
@@ -91,33 +108,43 @@ def test_the_device_is_named_on_record_and_to_who_follows(life, event):
     assert f"round {report.server_round}: {LOST}: {reason}" in life.shown
 
 
-def test_a_client_app_that_dies_is_known_at_once_and_the_device_says_how(life):
-    for event, how in (
-        ("ClientApp killed", "killed by signal 9"),
-        ("ClientApp ended", "ClientApp task failed due to unknown reason"),  # in Flower's words
-    ):
-        report = life.events[event].lost
-        assert report.seconds < ROUND_SECONDS - 5  # Flower takes 40 to 60 s, or for ever
-        assert f"the process that worked on it died ({how}); on the device " in report.refused[LOST]
-        assert f"{LOST}/logs/supernode.log says more" in report.refused[LOST]
-        assert life.events[event].back.server_round == report.server_round + 1
+@pytest.mark.parametrize(
+    ("life", "event", "how"),
+    [
+        (QUICK, "ClientApp killed", "killed by signal 9"),
+        pytest.param(
+            *(SLOW, "ClientApp ended", "ClientApp task failed due to unknown reason"),  # Flower's
+            marks=pytest.mark.slow,
+        ),
+    ],
+    indirect=["life"],
+    scope="module",
+    ids=["killed", "ended"],
+)
+def test_a_client_app_that_dies_is_known_at_once_and_the_device_says_how(life, event, how):
+    report = life.events[event].lost
+    assert report.seconds < ROUND_SECONDS - 5  # Flower takes 40 to 60 s, or for ever
+    assert f"the process that worked on it died ({how}); on the device " in report.refused[LOST]
+    assert f"{LOST}/logs/supernode.log says more" in report.refused[LOST]
+    assert life.events[event].back.server_round == report.server_round + 1
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@each_event
 def test_the_device_is_back(life, event):
     report = life.events[event].back
     assert {client.name for client in report.clients} == {"pi-01", LOST}
     assert report.refused == {}
 
 
+@each_life
 def test_the_log_beside_the_record_names_each_round(life):
     for event in life.events.values():
         assert f"round {event.lost.server_round}/40: accuracy" in life.server_log
         assert f"round {event.back.server_round}/40: accuracy" in life.server_log
 
 
-def live(processes: Processes, port: int, relay: StallingRelay) -> Life:
-    """One run, in which a device is lost in every way, each time once it is back from the last."""
+def live(processes: Processes, port: int, relay: StallingRelay, happenings: Sequence[str]) -> Life:
+    """One run, in which a device is lost in some ways, each time once it is back from the last."""
     folder = processes.folder
     provisioner = Provisioner(folder / "fleet")
     provisioner.begin([Address("localhost", port)], ["pi-01", LOST])
@@ -140,7 +167,7 @@ def live(processes: Processes, port: int, relay: StallingRelay) -> Life:
     }
     events = {}
     done = wait_for_both(processes, record, after=0)
-    for event in EVENTS:
+    for event in happenings:
         lost = done.server_round + 1
         wait_until_at_work(processes, lost, record)
         lose[event]()
