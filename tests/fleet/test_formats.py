@@ -1,8 +1,10 @@
 """Each format against the model that it was made of, on real images."""
 
+import dataclasses
 import json
 import os
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -74,6 +76,41 @@ def facts(path):
         return file.metadata()
 
 
+@dataclass(frozen=True)
+class Case:
+    """A trained model, images of its task, what timm's own model says of them, and its facts."""
+
+    source: object
+    images: torch.Tensor
+    logits: np.ndarray
+    facts: dict
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Timm's smallest with inverted residuals, on digits: a tenth of the operations to lower."""
+    data = load_data("digits", "train", limit=100)
+    settings = {"weights": "none", "cache": "off", "learning-rate": 0.1}
+    fitted = fleet.fit("timm:test_efficientnet", data, epochs=2, image_size=32, settings=settings)
+    images = torch.stack([fitted.transform(data.read(i)) for i in range(16)])
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    model.load_state_dict(fitted.model.state_dict(), strict=True)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+    assert logits.std() > 0.1 and len(logits.argmax(1).unique()) > 1
+    preprocessing = json.loads(json.dumps(dataclasses.asdict(fitted.preprocessing)))
+    told = {"backbone": "timm:test_efficientnet", "classes": list("0123456789")}
+    return Case(fitted, images, logits.numpy(), told | {"preprocessing": preprocessing})
+
+
+@pytest.fixture(params=["small", pytest.param("lite0", marks=pytest.mark.slow)])
+def case(request):
+    if request.param == "small":
+        return request.getfixturevalue("small")
+    run, images, logits = map(request.getfixturevalue, ("run", "images", "logits"))
+    return Case(run, images, logits, FACTS)
+
+
 def assert_same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     assert (np.argmax(found, 1) == np.argmax(expected, 1)).all()
@@ -124,31 +161,31 @@ def test_pytorch_runs_the_program_alone(run, images, logits, tmp_path):
     assert json.loads(extra["model.json"]) == FACTS
 
 
-def test_an_onnx_runtime_runs_the_program(run, images, logits, tmp_path):
+def test_an_onnx_runtime_runs_the_program(case, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="extra onnx is not installed")
     to = tmp_path / "model.onnx"
-    export(run, to)
+    export(case.source, to)
     session = onnxruntime.InferenceSession(to, providers=["CPUExecutionProvider"])
     for count in (16, 1):
-        (found,) = session.run(None, {"images": images[:count].numpy()})
-        assert_same(found, logits[:count])
+        (found,) = session.run(None, {"images": case.images[:count].numpy()})
+        assert_same(found, case.logits[:count])
     told = session.get_modelmeta().custom_metadata_map
-    assert told["backbone"] == FACTS["backbone"]
-    assert json.loads(told["classes"]) == FACTS["classes"]
-    assert json.loads(told["preprocessing"]) == FACTS["preprocessing"]
+    assert told["backbone"] == case.facts["backbone"]
+    assert json.loads(told["classes"]) == case.facts["classes"]
+    assert json.loads(told["preprocessing"]) == case.facts["preprocessing"]
 
 
-def test_executorch_runs_the_program(run, images, logits, tmp_path):
+def test_executorch_runs_the_program(case, tmp_path):
     runtime = pytest.importorskip(
         "executorch.runtime", reason="executorch is not installed: pip install '.[executorch]'"
     )
     to = tmp_path / "model.pte"
-    written = export(run, to)
+    written = export(case.source, to)
     forward = runtime.Runtime.get().load_program(to).load_method("forward")
-    found = [forward.execute([image[None]])[0][0].numpy() for image in images]
-    assert_same(np.stack(found), logits)
+    found = [forward.execute([image[None]])[0][0].numpy() for image in case.images]
+    assert_same(np.stack(found), case.logits)
     assert written.description == tmp_path / "model.pte.json"
-    assert json.loads(written.description.read_text()) == FACTS
+    assert json.loads(written.description.read_text()) == case.facts
 
 
 def test_an_exported_file_is_a_source_like_its_run(run, tmp_path):
