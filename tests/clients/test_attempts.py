@@ -2,10 +2,10 @@
 
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from clients import attempts
 from clients.attempts import Attempt, Experience, attempting, is_out_of_memory, recall, recover
 from clients.memory import ClientMemory
 from fleet.errors import ConfigError, UpdateError
+from tests.forked import Forked
 
 MIB = 2**20
 TRIED = Attempt(server_round=3, blocks=5, batch_size=16, peak_bytes=100 * MIB)
@@ -205,41 +206,31 @@ def test_this_kernel_tells():
 
 def test_a_process_that_is_ended_as_it_hangs_was_not_killed_for_memory(memory, tmp_path):
     for _ in range(3):
-        hanging = CHILD.replace("attempt)", "attempt, timeout=0.2)")
-        child = subprocess.Popen(
-            [sys.executable, "-c", hanging, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
+        child = Forked(partial(train, tmp_path, timeout=0.2), sys.__stderr__)
         assert child.stdout.readline() == "training\n"
         assert memory.read(attempts.PART) is not None
         deadline = time.monotonic() + 30
         while '"attempt": null' not in memory.read(attempts.PART).facts["experience"]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         child.wait()
     assert recall(memory) == Experience()
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-from clients.attempts import Attempt, attempting, recall
-from clients.memory import ClientMemory
-memory = ClientMemory(Path(sys.argv[1]), "ab12", "attic")
-attempt = Attempt(server_round=3, blocks=5, batch_size=16, peak_bytes=100 * 2**20)
-with attempting(memory, recall(memory), attempt):
-    print("training", flush=True)
-    time.sleep(60)
-"""
+def train(folder, **options):
+    memory = ClientMemory(folder, "ab12", "attic")
+    attempt = Attempt(server_round=3, blocks=5, batch_size=16, peak_bytes=100 * 2**20)
+    with attempting(memory, recall(memory), attempt, **options):
+        print("training", flush=True)
+        time.sleep(60)
 
 
 def test_a_process_that_is_really_killed_leaves_its_mark(memory, tmp_path):
     for _ in range(2):  # twice, as this kernel's count does not rise by these
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
+        child = Forked(partial(train, tmp_path), sys.__stderr__)
         assert child.stdout.readline() == "training\n"
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         assert child.wait() == -signal.SIGKILL
         recall(memory)
     assert recall(memory).limit_bytes == 70 * MIB

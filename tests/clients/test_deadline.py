@@ -1,8 +1,7 @@
-"""A process that hangs, ended from outside of Python."""
+"""A process that hangs, ended from outside of Python. Each is a fork of this one."""
 
 import os
-import subprocess
-import sys
+import re
 import time
 
 import pytest
@@ -10,18 +9,7 @@ import pytest
 from clients import deadline
 from clients.client import Client
 from fleet.config import default_settings, read_config
-
-PROGRAM = """
-from clients import deadline
-from clients.client import Client
-from fleet.config import default_settings, read_config
-
-config = read_config(default_settings() | {{"round-timeout": {timeout}}})
-deadline.GRACE_SECONDS = {grace}
-with deadline.ended_at_deadline(Client("pi-01", {node}, config)):
-    open({pipe!r}).read()  # waits for somebody who writes
-print("done")
-"""
+from tests.forked import Forked
 
 
 @pytest.fixture
@@ -31,28 +19,39 @@ def pipe(tmp_path):
 
 
 @pytest.fixture
-def reading(pipe):
-    """Function (round-timeout, node configuration, grace) → a process that reads the pipe."""
+def reading(pipe, tmp_path):
+    """Function (round-timeout, node configuration, grace) → a process that reads the pipe.
+
+    And the file with what it says on standard error.
+    """
     started = []
 
     def start(timeout, node, grace=0.5):
-        program = PROGRAM.format(pipe=str(pipe), timeout=timeout, node=node, grace=grace)
-        command = [sys.executable, "-c", program]
-        started.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True))
+        config = read_config(default_settings() | {"round-timeout": timeout})
+
+        def read():
+            deadline.GRACE_SECONDS = grace
+            with deadline.ended_at_deadline(Client("pi-01", node, config)):
+                pipe.read_text()  # waits for somebody who writes
+            print("done")
+
+        errors = (tmp_path / "errors").open("w+")
+        started.append((Forked(read, errors), errors))
         return started[-1]
 
     yield start
-    for process in started:
+    for process, errors in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        errors.close()
 
 
 def test_a_device_that_hangs_is_ended_and_says_where(reading):
-    process = reading(0.5, {})
-    said, told = process.communicate(timeout=120)
-    assert process.returncode == 1 and said == ""
+    process, errors = reading(0.5, {})
+    assert process.stdout.read() == "" and process.wait(120) == 1
+    told = said_on(errors)
     assert "Timeout (0:00:01)!" in told
-    assert 'File "<string>", line 9 in <module>' in told
+    assert re.search(rf'File "{__file__}", line \d+ in read\n', told)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +64,16 @@ def test_a_device_that_hangs_is_ended_and_says_where(reading):
     ],
 )
 def test_who_is_in_time_or_simulated_is_not_ended(reading, pipe, timeout, node, grace):
-    process = reading(timeout, node, grace)
+    process, errors = reading(timeout, node, grace)
     with pipe.open("w"):  # waits until it reads
         time.sleep(1.5)
-    assert process.communicate(timeout=120) == ("done\n", "")
+    assert process.stdout.read() == "done\n" and process.wait(120) == 0
+    assert said_on(errors) == ""
+
+
+def said_on(errors):
+    errors.seek(0)  # the fork's writes have moved it
+    return errors.read()
 
 
 def test_the_time_left_is_counted_from_the_message_on(monkeypatch):

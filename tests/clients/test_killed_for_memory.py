@@ -1,11 +1,11 @@
 """A device whose training is killed, or gets no more memory: the next round takes less.
 
-The training runs in a process of its own, run as
+The training runs in a process of its own. Before its third step it stays until it is killed; or,
+run as
 
-python tests/clients/test_killed_for_memory.py STATE IMAGES hang|limit
+python tests/clients/test_killed_for_memory.py STATE IMAGES
 
-which, before its third step, stays until it is killed, or may grow no further
-(RLIMIT_DATA) than 4 MiB.
+it may grow no further (RLIMIT_DATA) than 4 MiB.
 """
 
 import json
@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from fleet.errors import ConfigError
 from fleet.message import Task
 from fleet.plan import make_plan
 from fleet.state import capture
+from tests.forked import Forked
 
 CLASSES = ("cat", "dog")
 BLOCKS = 11  # all of MobileNetV3-Small's
@@ -59,17 +61,19 @@ def train(state, images, server_round=1, method="mobiletl", **settings):
     return metrics
 
 
-def start(state, images, end):
-    command = [sys.executable, __file__, str(state), str(images), end]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def killed(state, images):
-    child = start(state, images, "hang")
-    assert child.stdout.readline() == "in the third step\n", child.stderr.read()
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert child.returncode == -signal.SIGKILL
+    child = Forked(partial(train_up_to, Hang, state, images), sys.__stderr__)
+    assert child.stdout.readline() == "in the third step\n"
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+
+
+def train_up_to(event, state, images, **options):
+    """Train in this process, whose third step does not come."""
+    # A kernel that does not count whom it kills for memory: ours was not asked to.
+    attempts._VMSTAT = Path("/nowhere")
+    local_update.Cooling = event
+    train(state, images, **options)
 
 
 def test_a_training_that_is_killed_is_planned_smaller_in_the_next_round(image_folder, tmp_path):
@@ -88,12 +92,12 @@ def test_a_training_that_is_killed_is_planned_smaller_in_the_next_round(image_fo
 
 def test_a_training_that_gets_no_more_memory_is_refused_and_planned_smaller(image_folder, tmp_path):
     images, state = image_folder(*CLASSES), tmp_path / "state"
-    child = start(state, images, "limit")
-    out, err = child.communicate()
+    command = [sys.executable, __file__, str(state), str(images)]
+    child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode == 3:
         pytest.skip("this system does not hold a process to RLIMIT_DATA")
-    assert child.returncode == 0, err
-    reason = json.loads(out.splitlines()[-1])
+    assert child.returncode == 0, child.stderr
+    reason = json.loads(child.stdout.splitlines()[-1])
     assert reason.startswith(f"training {BLOCKS} blocks at batch 8 ran out of memory beyond ")
     then = train(state, images, 2, method="blocks")
     assert then["killed-before"] == 1
@@ -141,13 +145,9 @@ class Limit(Hang):
 
 
 if __name__ == "__main__":
-    state, images, end = sys.argv[1:]
-    # A kernel that does not count whom it kills for memory: ours was not asked to.
-    attempts._VMSTAT = Path("/nowhere")
-    local_update.Cooling = {"hang": Hang, "limit": Limit}[end]
     try:
         # By stock autograd, which asks for much at once: a system that refuses a little
         # ends PyTorch in C++, where nothing can be told.
-        train(state, images, method="blocks" if end == "limit" else "mobiletl")
+        train_up_to(Limit, *sys.argv[1:], method="blocks")
     except ConfigError as error:
         print(json.dumps(str(error)))

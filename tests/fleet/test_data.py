@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -31,6 +30,7 @@ from fleet.data import (
 from fleet.data.folders import image_files
 from fleet.data.splits import draw_stratified
 from fleet.errors import ConfigError
+from tests.forks import prepared
 from tests.many import many
 
 REPO = Path(__file__).parents[2]
@@ -578,7 +578,14 @@ def test_an_image_folder_may_call_its_test_part_val(tmp_path):
     assert test.classes == ("cat", "dog", "owl") and test.labels.tolist() == [1, 1]
 
 
-def test_an_image_folder_needs_none_of_the_optional_packages(tmp_path):
+@pytest.fixture(scope="module")
+def torch_alone():
+    """A process that has imported PyTorch and nothing else, to be forked."""
+    with prepared("import torch") as process:
+        yield process
+
+
+def test_an_image_folder_needs_none_of_the_optional_packages(tmp_path, torch_alone):
     image_folder(tmp_path)
     program = f"""
 import sys
@@ -587,13 +594,11 @@ for name in ("datasets", "flwr_datasets", "pyarrow", "pandas", "sklearn", "torch
 from fleet.data import load_data
 print(len(load_data({str(tmp_path)!r}, "train")))
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.strip() == "24"
+    said = torch_alone.run(program)
+    assert said == "24"
 
 
-def test_a_partition_brings_nothing_that_draws_and_leaves_flowers_package_whole():
+def test_a_partition_brings_nothing_that_draws_and_leaves_flowers_package_whole(torch_alone):
     program = """
 import sys
 from fleet.data import partition
@@ -606,23 +611,19 @@ ours = flwr_datasets.partitioner.DirichletPartitioner
 from fleet.data.partitions import _partitioners
 print(flwr_datasets.FederatedDataset.__name__, ours is _partitioners().DirichletPartitioner)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.splitlines() == ["40 set()", "FederatedDataset True"]
+    said = torch_alone.run(program)
+    assert said.splitlines() == ["40 set()", "FederatedDataset True"]
 
 
-def test_digits_are_read_without_importing_scikit_learn():
+def test_digits_are_read_without_importing_scikit_learn(torch_alone):
     program = """
 import sys
 sys.modules["sklearn.datasets"] = None
 from fleet.data import load_data
 print(len(load_data("digits", "train").labels), "sklearn" in sys.modules)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.split() == ["1438", "False"]
+    said = torch_alone.run(program)
+    assert said.split() == ["1438", "False"]
 
 
 def test_digits_that_are_not_where_they_were_are_named(tmp_path, monkeypatch):
@@ -705,7 +706,7 @@ def test_images_cut_short_are_found_in_every_format(form, missing, tmp_path):
         load_data(str(tmp_path), "train")
 
 
-def test_skipped_images_are_told_in_one_line_a_process(tmp_path):
+def test_skipped_images_are_told_in_one_line_a_process(tmp_path, torch_alone):
     break_images(image_folder(tmp_path))
     program = f"""
 from fleet.data import load_data
@@ -713,10 +714,8 @@ for split in ("train", "test"):
     load_data({str(tmp_path)!r}, split, skip_unreadable=True)
 load_data({str(tmp_path)!r}, "train", skip_unreadable=True)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
-    )
-    (line,) = ran.stderr.splitlines()
+    said = torch_alone.run(program)
+    (line,) = said.splitlines()
     assert line.startswith(f"fleet.data:1: UserWarning: skipped 4 unreadable images in {tmp_path}")
 
 

@@ -22,13 +22,13 @@ from click.testing import CliRunner
 from fleet.cli import main
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
-from simulations import compare
+from simulations import cell_worker, compare
 from simulations.cells import Keys
 from simulations.compare import load_recipe, redraw
 from simulations.comparison import COLUMNS
 from simulations.recipe import recipe_of
-from tests import forked_cells
 from tests.commands import FLEET
+from tests.forked import Forked
 from tests.runs import SMALL
 
 RECIPE = {
@@ -56,7 +56,11 @@ def copy(first, tmp_path):
 @pytest.fixture
 def quick_cells(first, quick_runs, monkeypatch):
     """Cells are run by forks, and there are no pictures of what they came to."""
-    monkeypatch.setattr("simulations.cell_pool._Process._start", forked_cells.start)
+
+    def start(process):
+        process._process = Forked(cell_worker.main, process._said)
+
+    monkeypatch.setattr("simulations.cell_pool._Process._start", start)
     monkeypatch.setattr("fleet.report.page.comparison_pictures", lambda *_: ([], []))
 
 

@@ -1,0 +1,79 @@
+"""A fork of the tests' process, which has imported all, used as `subprocess.Popen` is."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import IO
+
+
+class Forked:
+    """A process that runs a function, whose standard input and output are text of its parent's.
+
+    Args:
+        function: what it runs; an exception is told on standard error and ends it with code 1.
+        errors: where its standard error goes.
+    """
+
+    def __init__(self, function: Callable[[], None], errors: IO) -> None:
+        own_input, self.stdin = _pipe()
+        self.stdout, own_output = _pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            _work(function, own_input.fileno(), own_output.fileno(), errors.fileno())
+        own_input.close()
+        own_output.close()
+        self._code: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, or the number of the signal that ended it, below 0."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG if deadline else 0)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+                self.stdout.close()
+            elif time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            else:
+                time.sleep(0.01)
+        return self._code
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def _pipe() -> tuple[IO, IO]:
+    read, write = os.pipe()
+    return os.fdopen(read), os.fdopen(write, "w")
+
+
+def _work(function: Callable[[], None], *standard: int) -> None:
+    """The child; it never returns."""
+    code = 1
+    try:
+        os.setsid()
+        for number, handle in enumerate(standard):
+            os.dup2(handle, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # no end of a pipe may stay open here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)  # noqa: SIM115 - till the end
+        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1)  # noqa: SIM115
+        function()
+        code = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
