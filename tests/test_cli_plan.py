@@ -107,7 +107,7 @@ def test_batch_sizes_and_blocks_are_bounded_by_options():
 
 
 def test_text_tells_the_same_as_json():
-    options = ("--budget-mib", "5", "--num-examples", "320")
+    options = ("--budget-mib", "5", "--max-blocks", "4", "--num-examples", "320")
     values, text = plan_values(*options), plan(*options)
     lines = {line[:15].strip(): line[16:] for line in text.splitlines()}
     assert lines.pop("predicted peak").startswith(f"{values['peak_bytes'] / MIB:.1f} MiB, in ")
@@ -129,20 +129,21 @@ def test_text_says_if_nothing_is_larger():
 
 def test_without_a_budget_it_is_what_the_device_has_free_less_the_reserve(device_with):
     device_with(300)
-    assert plan_values()["budget_bytes"] == (300 - 256) * MIB
-    values = plan_values("--reserve-mib", "295")
-    assert values == plan_values("--budget-mib", "5")
+    few = ("--max-blocks", "1")
+    assert plan_values(*few)["budget_bytes"] == (300 - 256) * MIB
+    values = plan_values(*few, "--reserve-mib", "295")
+    assert values == plan_values(*few, "--budget-mib", "5")
 
 
 def test_a_budget_that_is_told_goes_before_what_is_free(device_with):
     device_with(0)
-    assert plan_values("--budget-mib", "5")["budget_bytes"] == 5 * MIB
+    assert plan_values("--budget-mib", "5", "--max-blocks", "1")["budget_bytes"] == 5 * MIB
 
 
 def test_a_control_group_bounds_what_is_free(device_with, monkeypatch):
     device_with(10_000)
     monkeypatch.setattr(planner, "_control_groups", lambda: [(400 * MIB, 139 * MIB)])
-    assert plan_values()["budget_bytes"] == (400 - 139 - 256) * MIB
+    assert plan_values("--max-blocks", "1")["budget_bytes"] == (400 - 139 - 256) * MIB
 
 
 def test_a_device_with_less_free_than_the_reserve_is_told_both(device_with):

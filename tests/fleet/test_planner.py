@@ -19,7 +19,7 @@ from fleet.planner import MIB, afford, available_bytes, batch_sizes_between
 from fleet.train import take_step
 from tests.many import many
 
-BATCH_SIZES = (8, 16, 32)
+BATCH_SIZES = (2, 4, 8)
 WIDEST = 4  # blocks, of eleven: a plan for each number, stash and batch size is predicted
 EXACT_FIRST = ("float32", "recompute", "bfloat16", "int8")
 METHODS = ("mobiletl", "blocks", "shifts", "head", "full")
@@ -110,7 +110,7 @@ def test_next_larger_plan_does_not_fit_with_any_stash(method, peaks, small):
         if found.plan.blocks == widest.blocks:
             check_next_stash_or_batch(found, method, peak_of, budget)
             continue
-        larger = {s: peak_of[found.plan.blocks + 1, s, 8] for s in stashes_of(method)}
+        larger = {s: peak_of[found.plan.blocks + 1, s, BATCH_SIZES[0]] for s in stashes_of(method)}
         assert min(larger.values()) > budget
         assert found.why_not_larger.startswith(f"{method} of {found.plan.blocks + 1} block")
         need, have = re.findall(r"([\d.]+) MiB", found.why_not_larger)
@@ -138,7 +138,7 @@ def test_larger_budgets_never_afford_less(method, peaks, small):
     found = [afford(small, widest, b, batch_sizes=BATCH_SIZES) for b in sorted(peak_of.values())]
     ranks = [rank(chosen(one)) for one in found]
     assert ranks == sorted(ranks)
-    assert ranks[-1] == rank((widest.blocks, stashes_of(method)[0], 32))
+    assert ranks[-1] == rank((widest.blocks, stashes_of(method)[0], BATCH_SIZES[-1]))
 
 
 @each_method
@@ -150,7 +150,7 @@ def test_budget_below_the_floor_is_refused_with_the_floor(method, peaks, small):
     words = {"full": "the whole model", "shifts": shifts}
     text = (
         f"is below the floor of {floor / MIB:.1f} MiB, which "
-        f"{words.get(method, 'the head alone')} takes at batch 8 and 32 px; "
+        f"{words.get(method, 'the head alone')} takes at batch {BATCH_SIZES[0]} and 32 px; "
     )
     with pytest.raises(ConfigError, match=re.escape(text)):
         afford(small, widest, floor - 1, batch_sizes=BATCH_SIZES)
