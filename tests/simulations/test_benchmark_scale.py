@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from simulations.benchmark_scale.__main__ import (
 from simulations.benchmark_scale.job import Course, RoundNote, run_kept
 from simulations.benchmark_scale.trend import trend
 from simulations.footprint import bound_on_peak, footprint, resident_alone, watching
+from tests.forked import Forked
 from tests.many import many
 
 MIB = 2**20
@@ -220,6 +224,20 @@ def test_commits_of_a_table_are_all_told():
     assert "\nCommits abc, def, " in _made_by(made) and "data cifar10." in _made_by(made)
 
 
+@pytest.fixture
+def forks(monkeypatch):
+    """Runs are forks of this process and need import nothing."""
+
+    def start(command, *, stderr, **options):
+        *_, settings, workers, folder = command
+
+        run = partial(job._main, json.loads(settings), int(workers), Path(folder))
+        return Forked(run, stderr)
+
+    monkeypatch.setattr(job, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+
+
+@pytest.mark.usefixtures("forks")
 def test_every_stash_asked_for_is_a_row_and_weights_need_not_be_at_hand(tmp_path):
     words = "methods --clients 2 --rounds 3 --repeats 1 --images 4 --image-size 32"
     words = (

@@ -113,7 +113,7 @@ def test_both_engines_end_with_the_same_tensors(tmp_path, one_ray):
     ("settings", "adversity", "numbers"),
     [
         # Clients that remember what they hold and what they left out, and a lossy network.
-        ({"codec-up": "topk:0.1+int4", "codec-down": "int8"}, {"drop": 0.3}, (1, 2, 3)),
+        ({"codec-up": "topk:0.1+int4", "codec-down": "int8"}, {"drop": 0.3}, (1, 3)),
         ({"objective": "feddyn", "strategy": "feddyn", "rule": "mean"}, {}, (1, 3)),
         ({"head-start": True, "goal": 3}, {"attack": "label_flip", "hostile": 0.5}, (1, 3)),
         (
@@ -152,6 +152,7 @@ def test_flowers_engine_has_no_workers_of_ours(tmp_path):
         simulate(SMALL | {"run-dir": str(tmp_path / "run")}, engine="flower", workers=2)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_on_flower_says_why(tmp_path, one_ray):
     settings = SMALL | {"run-dir": str(tmp_path / "run"), "backbone": "mobilenet_v9"}
     with pytest.raises(
@@ -302,7 +303,7 @@ def test_hostile_replies_that_are_no_numbers_are_refused_and_the_run_goes_on(tmp
 
 
 def test_labels_that_are_flipped_everywhere_are_learnt_flipped(tmp_path):
-    settings = HEAD | {"train-examples": 1000, "test-examples": 300, "rounds": 3}
+    settings = HEAD | {"train-examples": 400, "test-examples": 100, "rounds": 3}
     honest, flipped = (
         simulate(settings | {"run-dir": str(tmp_path / name)}, **adversity).summary()["accuracy"]
         for name, adversity in (("h", {}), ("f", {"attack": "label_flip", "hostile": 1.0}))

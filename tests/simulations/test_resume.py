@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -79,23 +80,19 @@ def rounds_of(record):
     return [{k: v for k, v in vars(r).items() if k not in measured} for r in record.rounds()]
 
 
-KILLED = """
-import os, signal, sys
-from simulations import simulate
-
 def kill(report):
     if report.server_round == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-
-simulate(eval(sys.argv[1]), on_round=kill, drop=0.2)
-"""
 
 
 def test_a_run_that_was_killed_goes_on_from_the_command_line_bit_for_bit(tmp_path):
     folder = tmp_path / "my run"
     settings = SMALL | REMEMBERING | {"run-dir": str(folder)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, repr(settings)], cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL
+    arguments = {"settings": settings, "on_round": kill, "drop": 0.2}
+    killed = get_context("fork").Process(target=simulate, kwargs=arguments)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert len(list(RunRecord(folder).rounds())) == 2
     moved = folder.rename(tmp_path / "elsewhere")  # a run is where its folder is
     result = CliRunner().invoke(main, ["simulate", "--resume", str(moved), "--format", "json"])

@@ -47,12 +47,21 @@ def test_the_default_rule_costs_nothing_without_an_attack(accuracy):
     assert accuracy(DEFAULT) > accuracy("mean") - 1
 
 
-@pytest.mark.parametrize("attack", ["sign_flip:10", "alie:1.5", "ipm:0.5", "label_flip", "nan"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *("sign_flip:10", "alie:1.5", "label_flip"),
+        # One that goes against the mean, as sign_flip does; and one that the gate sees to.
+        *(pytest.param(attack, marks=pytest.mark.slow) for attack in ("ipm:0.5", "nan")),
+    ],
+)
 def test_the_default_rule_withstands_a_fifth_of_hostile_clients(accuracy, attack):
     assert accuracy(DEFAULT, attack) > accuracy(DEFAULT) - 3
 
 
-@pytest.mark.parametrize("attack", ["sign_flip:4", "label_flip"])
+@pytest.mark.parametrize(
+    "attack", ["sign_flip:4", pytest.param("label_flip", marks=pytest.mark.slow)]
+)
 def test_hostile_clients_cost_what_their_data_are_worth(accuracy, attack):
     """A seed where that is much: under nan the gate refuses exactly the hostile clients."""
     assert accuracy(DEFAULT, attack, seed=1) > accuracy(DEFAULT, "nan", seed=1) - 3
