@@ -31,6 +31,7 @@ RUNS = {
     "feddyn": {"strategy": "feddyn", "objective": "feddyn", "rule": "mean", "codec-down": "int8"},
     "centred clipping": FEEDBACK | {"rule": "centred_clipping", "strategy": "fedavgm"},
 }
+FIRST = "fedadam, feedback both ways"
 
 
 def assert_same_end(folder, strategy, whole_folder, whole):
@@ -56,7 +57,14 @@ def quiet(monkeypatch):
     monkeypatch.setattr(logging.getLogger("flwr"), "disabled", True)
 
 
-@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # What these two remember is there again between any two rounds: below.
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] * (name != FIRST))
+        for name, settings in RUNS.items()
+    ],
+)
 def test_wherever_the_server_is_killed_it_goes_on_to_the_same_end(
     tmp_path, monkeypatch, scripted_grid, settings
 ):
