@@ -241,6 +241,7 @@ def stop_on_flower(run_dir, rounds, arguments, numbers):
     return stderr
 
 
+@pytest.mark.slow  # signals and what goes on, on our own engine: above; one round on Flower: launch
 def test_a_run_goes_on_on_flower_where_it_is_stopped_bit_for_bit_and_leaves_no_process(
     tmp_path, one_ray
 ):
