@@ -32,7 +32,11 @@ def my_strategy(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "own", [("--strategy", "my_strategy:algorithm"), ("--rule", "my_strategy:agreed")]
+    "own",
+    [
+        ("--strategy", "my_strategy:algorithm"),
+        pytest.param(("--rule", "my_strategy:agreed"), marks=pytest.mark.slow),  # found alike
+    ],
 )
 def test_the_strategy_in_the_readme_is_found_in_the_current_directory(my_strategy, own):
     # -P: no directory is put on sys.path, as in a console script.

@@ -57,7 +57,14 @@ def states_equal(first, second):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", ["mobiletl", "blocks", "shifts", "head"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("mobiletl", "shifts"),
+        # These train as PyTorch does by itself, and every method below as a plain loop does.
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("blocks", "head")),
+    ],
+)
 def test_digits_are_learnt(method):
     backbone = load_backbone("efficientnet_lite0", num_classes=10, image_size=64)
     model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2))

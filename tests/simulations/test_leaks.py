@@ -11,7 +11,7 @@ from fleet.heap import trim
 from fleet.records import RunRecord
 from simulations.launch import simulate
 
-ROUNDS = 60
+ROUNDS = 40
 HALF = ROUNDS // 2
 
 

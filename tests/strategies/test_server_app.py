@@ -338,7 +338,7 @@ def test_a_head_start_goes_on_without_the_clients_that_cannot_send_moments(launc
 
 
 def test_codecs_on_both_links_save_bytes_and_clients_clean_up(launch):
-    settings = PRETRAINED | {"rounds": 3, "blocks": "1"}
+    settings = PRETRAINED | {"rounds": 2, "blocks": "1"}
     plain = launch(**settings).summary()
     lossy = launch(**settings, **{"codec-up": "topk:0.02+int4", "codec-down": "topk:0.02+int4"})
     summary = lossy.summary()

@@ -347,15 +347,25 @@ def features(backbone, images, name):
     return run_prefix(tuple(parts_of(backbone.steps[:at])), images)
 
 
-@pytest.fixture(params=["blocks.2.1", "blocks.4.1", "blocks.5.0", "blocks.5.3", "blocks.6.0"])
-def digits_block(request, pretrained):
-    """A pretrained block that trains, and the features that digits give it."""
+DIGITS_BLOCKS = ("blocks.2.1", "blocks.4.1", "blocks.5.0", "blocks.5.3", "blocks.6.0")
+
+
+@pytest.fixture(scope="module")
+def digits_features(pretrained):
+    """Block → the features that digits give it."""
     backbone, (images, _) = pretrained
+    return {name: features(backbone, images, name) for name in DIGITS_BLOCKS}
+
+
+@pytest.fixture(params=DIGITS_BLOCKS)
+def digits_block(request, pretrained, digits_features):
+    """A pretrained block that trains, and the features that digits give it."""
+    backbone, _ = pretrained
     block = next(block for block in backbone.blocks if block.name == request.param)
     block.module.requires_grad_(True)
     for unit in block.units[:-1]:
         unit.norm.weight.requires_grad_(False)
-    yield block, features(backbone, images, request.param)
+    yield block, digits_features[request.param].clone()
     block.module.requires_grad_(False).zero_grad(set_to_none=True)
 
 

@@ -171,12 +171,11 @@ def test_head_keeps_its_input_alone(kept_bytes):
     assert kept_bytes["head"] == 4 * 1280 * 4
 
 
-@pytest.mark.parametrize("cut", [0, 1, 9])
 @pytest.mark.parametrize("method", ["mobiletl", "shifts", "blocks", "head"])
-def test_halves_that_meet_lower_make_the_same_step(random_backbone, images, method, cut):
+def test_halves_that_meet_lower_make_the_same_step(random_backbone, images, method):
     """As a device's do whose plan is narrower than its fleet's."""
     logits, gradients = [], []
-    for at in (None, cut):
+    for at in (None, 0, 1, 9):
         backbone = random_backbone("efficientnet_lite0")
         backbone.model.double()
         model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2), cut=at)
@@ -184,8 +183,9 @@ def test_halves_that_meet_lower_make_the_same_step(random_backbone, images, meth
         x.square().sum().backward()
         logits.append(x)
         gradients.append([p.grad for p in model.trainable_parameters()])
-    assert_close(*logits, rtol=1e-9, atol=1e-9)
-    assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    for at in (1, 2, 3):
+        assert_close(logits[at], logits[0], rtol=1e-9, atol=1e-9)
+        assert_close(gradients[at], gradients[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])
