@@ -225,7 +225,7 @@ def test_commits_of_a_table_are_all_told():
 
 
 @pytest.fixture
-def forks(monkeypatch):
+def forks(monkeypatch, quick_runs):
     """Runs are forks of this process and need import nothing."""
 
     def start(command, *, stderr, **options):
@@ -277,6 +277,7 @@ def test_another_run_under_a_name_that_is_taken_is_refused(tmp_path):
         run_kept(tmp_path, "soak", {"clients": 6}, 2)
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(ConfigError, match=r"run soak failed: (.|\n)*unknown setting|colour"):
         run_kept(tmp_path, "soak", {"colour": "red"}, 1)

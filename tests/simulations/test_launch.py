@@ -114,7 +114,11 @@ def test_both_engines_end_with_the_same_tensors(tmp_path, one_ray):
     [
         # Clients that remember what they hold and what they left out, and a lossy network.
         ({"codec-up": "topk:0.1+int4", "codec-down": "int8"}, {"drop": 0.3}, (1, 3)),
-        ({"objective": "feddyn", "strategy": "feddyn", "rule": "mean"}, {}, (1, 3)),
+        # Feddyn's memory is kept as that of the codecs is.
+        pytest.param(
+            *({"objective": "feddyn", "strategy": "feddyn", "rule": "mean"}, {}, (1, 3)),
+            marks=pytest.mark.slow,
+        ),
         ({"head-start": True, "goal": 3}, {"attack": "label_flip", "hostile": 0.5}, (1, 3)),
         (
             {"evaluation": "clients", "validation-fraction": 0.2},

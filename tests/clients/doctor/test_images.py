@@ -1,10 +1,14 @@
+import json
+
 import pytest
 from PIL import Image
 
+from clients.doctor import images
 from clients.doctor.images import images_finding, listed_finding
 from fleet.deploy.addresses import Address
 from fleet.deploy.client import ClientOptions
 from fleet.errors import ConfigError
+from tests.forks import prepared
 
 
 @pytest.fixture
@@ -14,6 +18,24 @@ def folder(tmp_path):
         for i in range(count):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """A process that has imported what the client's own reader does, to be forked."""
+    with prepared("import sys", "import fleet.data", "import torch") as process:
+        yield process
+
+
+@pytest.fixture
+def quick_reader(reader, monkeypatch):
+    """The client's own reader, in a fork in place of a fresh process."""
+
+    def read(folder):
+        said = reader.run(f"sys.argv = ['', {str(folder)!r}]", images._READ)
+        return json.loads(said.splitlines()[-1])
+
+    monkeypatch.setattr(images, "read_as_client", read)
 
 
 def test_classes_are_counted_as_the_client_reads_them(folder):
@@ -30,6 +52,7 @@ def test_before_the_installation_files_are_listed_and_not_opened(folder):
     assert found.remedy == "images are opened once the project is installed"
 
 
+@pytest.mark.usefixtures("quick_reader")
 def test_an_unreadable_image_is_named_and_keeps_no_device_from_training(folder):
     (folder / "cat" / "0.png").write_bytes(b"no image")
     found = images_finding(str(folder), readable=True)
@@ -39,6 +62,7 @@ def test_an_unreadable_image_is_named_and_keeps_no_device_from_training(folder):
     assert found.remedy.startswith("repair or remove them")
 
 
+@pytest.mark.usefixtures("quick_reader")
 def test_a_class_with_few_images_is_a_warning(folder):
     for i in range(6, 9):
         (folder / "dog" / f"{i}.png").unlink()
@@ -50,6 +74,7 @@ def test_a_class_with_few_images_is_a_warning(folder):
 
 
 @pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.usefixtures("quick_reader")
 def test_a_folder_without_classes_or_none_at_all_is_a_problem(tmp_path, readable):
     empty = images_finding(str(tmp_path), readable=readable)
     gone = images_finding(str(tmp_path / "gone"), readable=readable)
@@ -74,6 +99,7 @@ def test_what_is_no_folder_is_refused_in_the_words_of_the_client(tmp_path, monke
     assert found.remedy.startswith("name one that has a folder of images for each class")
 
 
+@pytest.mark.usefixtures("quick_reader")
 def test_a_folder_that_is_named_as_a_built_in_data_set_is_a_folder(folder, monkeypatch):
     (folder / "digits").mkdir()
     for name in ("cat", "dog"):
@@ -105,6 +131,7 @@ def test_where_pytorch_crashes_files_are_listed(folder, monkeypatch, tmp_path_fa
 
 
 @pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.usefixtures("quick_reader")
 def test_links_behind_which_a_service_sees_nothing_are_counted_and_the_first_is_named(
     folder, tmp_path_factory, readable
 ):
