@@ -2,7 +2,6 @@
 
 import gc
 import json
-import subprocess
 import sys
 
 import pytest
@@ -13,11 +12,20 @@ from fleet.errors import ConfigError
 from fleet.heap import trim
 from fleet.measure.resident import resident_bytes, resident_growth
 from fleet.measure.setup import Setup
+from tests.forks import prepared
 
 MIB = 2**20
 SETUP = Setup(
     backbone="mobilenet_v3_small", method="mobiletl", blocks=2, batch_size=4, image_size=32
 )
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A process that has imported what it takes to measure, to be forked."""
+    imports = "import torch, fleet.measure.setup", "from fleet.measure.resident import *"
+    with prepared(*imports) as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +71,9 @@ def test_growth_is_of_the_block_alone():
 
 
 @needs_proc
-def test_growth_of_a_fresh_process_that_allocates_a_known_amount():
-    code = (
-        "import torch; from fleet.measure.resident import resident_growth\n"
-        "with resident_growth() as growth: x = torch.ones(64 * 2**18)\n"
-        "print(growth.bytes)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == pytest.approx(64 * MIB, rel=0.1)
+def test_growth_of_a_fresh_process_that_allocates_a_known_amount(fresh):
+    code = "with resident_growth() as growth: x = torch.ones(64 * 2**18)\nprint(growth.bytes)"
+    assert int(fresh.run(code)) == pytest.approx(64 * MIB, rel=0.1)
 
 
 def test_a_system_that_does_not_tell_gives_none(monkeypatch, tmp_path):
@@ -97,7 +100,7 @@ def test_a_process_that_trains_grows_by_some_mebibytes():
     assert MIB < resident_bytes(SETUP) < 100 * MIB
 
 
-def test_a_step_imports_nothing_large():
+def test_a_step_imports_nothing_large(fresh):
     """PyTorch's compiler stays resident with 150 MB; our step must not need it.
 
     Some torchvisions import it themselves, so it is hidden once the model is there.
@@ -112,8 +115,8 @@ def test_a_step_imports_nothing_large():
         "subject.step(); subject.step()\n"
         "import json; print(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [name for name in json.loads(done.stdout) if name.startswith("torch")] == []
+    imported = json.loads(fresh.run(code).splitlines()[-1])
+    assert [name for name in imported if name.startswith("torch")] == []
 
 
 def test_a_process_that_fails_says_why(monkeypatch):
