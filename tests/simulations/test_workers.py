@@ -2,11 +2,10 @@ import faulthandler
 import gc
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import psutil
@@ -15,14 +14,16 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from fleet.errors import ConfigError
 from fleet.message import read_metrics, write_metrics
 from simulations.footprint import footprint
 from simulations.local_clients import SERVER_NODE_ID, LocalClients
-from simulations.local_engine import LocalGrid
+from simulations.local_engine import LocalGrid, run_local
 from simulations.workers import WorkerPool, read_workers
+from tests.forked import Forked
 
 
 @pytest.fixture(autouse=True)
@@ -385,46 +386,37 @@ def test_an_app_that_cannot_be_sent_to_a_worker_is_refused(tmp_path):
         pool.ask(Message(RecordDict(), 2, "train"))
 
 
-RUN = """
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from flwr.app import Message, RecordDict
-from flwr.serverapp import ServerApp
-from simulations.local_engine import run_local
-server = ServerApp()
+def run_in(folder, seconds):
+    """A run whose clients take so long, with its temporary files in a folder."""
+    tempfile.tempdir = str(folder)
+    server = ServerApp()
 
-@server.main()
-def main(grid, context):
-    grid.push_messages([Message(RecordDict(), node, "train") for node in grid.get_node_ids()])
-    grid.send_and_receive([Message(RecordDict(), node, "train") for node in grid.get_node_ids()])
+    @server.main()
+    def main(grid, context):
+        grid.push_messages(questions(grid))
+        list(grid.send_and_receive(questions(grid)))
 
-def client(message, context):
-    os.write(1, b"begun\\n")  # in one piece, as another process writes there too
-    time.sleep(60)
+    def client(message, context):
+        os.write(1, b"begun\n")  # in one piece, as another process writes there too
+        time.sleep(seconds)
 
-run_local(server, client, {}, 4, workers=2)
-"""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run_local(server, client, {}, 4, workers=2)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_a_run_that_is_ended(how, tmp_path):
-    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    code = RUN if how is signal.SIGINT else RUN.replace("sleep(60)", "sleep(2)")
-    run = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    seconds = 60 if how is signal.SIGINT else 2
+    with (tmp_path / "errors").open("w") as errors:
+        run = Forked(partial(run_in, tmp_path, seconds), errors)
     try:
-        assert run.stdout.readline() == run.stdout.readline() == b"begun\n"
+        assert run.stdout.readline() == run.stdout.readline() == "begun\n"
         family = psutil.Process(run.pid).children(recursive=True)
         assert len(family) == 2
         if how is signal.SIGINT:
             os.killpg(run.pid, how)  # as a terminal does, workers and all
         else:
-            run.send_signal(how)
+            os.kill(run.pid, how)
         assert run.wait(timeout=30) != 0  # long before a client's minute is over
         # Killed itself, a run can end nobody: workers end after the client that they run.
         _, alive = psutil.wait_procs(family, timeout=0.1 if how is signal.SIGINT else 30)
@@ -433,7 +425,7 @@ def test_no_process_outlives_a_run_that_is_ended(how, tmp_path):
             assert not list(tmp_path.glob("fleet-*"))
     finally:
         run.kill()
-        run.stdout.close()
+        run.wait()
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "two", "", None, "1.5"])
