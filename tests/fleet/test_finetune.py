@@ -116,7 +116,7 @@ def fitted_within(digits):
             "efficientnet_lite0",
             digits,
             budget_mib=budget_mib,
-            settings={"weights": "none"},
+            settings={"weights": "none", "batch-size": 8},
             **SMALL,
         )
 

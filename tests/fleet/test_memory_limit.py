@@ -121,8 +121,9 @@ def _main(method, allowance_mib=None):
     backbone = load_backbone(
         "efficientnet_lite0", num_classes=10, image_size=IMAGE_SIZE, weights="none"
     )
-    affordable = make_plan(backbone, method="mobiletl", blocks=BLOCKS)
-    predicted = dry_run(backbone, affordable, "recompute", batch_size=BATCH_SIZE).peak_bytes
+    if allowance_mib is not None:
+        affordable = make_plan(backbone, method="mobiletl", blocks=BLOCKS)
+        predicted = dry_run(backbone, affordable, "recompute", batch_size=BATCH_SIZE).peak_bytes
     model = TransferModel(backbone, make_plan(backbone, method=method, blocks=BLOCKS))
     model.train()
     optimizer = SGD(model.trainable_parameters(), 0.01, momentum=0.9)
