@@ -196,6 +196,27 @@ def test_rounds_a_minute_are_held_against_full():
     assert full[2] == "1.00 (1.00–1.00)"
 
 
+@pytest.fixture
+def forks(monkeypatch, quick_runs):
+    """Runs are forks of this process and need import nothing."""
+
+    def start(command, *, stderr, **options):
+        *_, settings, workers, folder = command
+
+        run = partial(job._main, json.loads(settings), int(workers), Path(folder))
+        return Forked(run, stderr)
+
+    monkeypatch.setattr(job, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+
+
+@pytest.fixture(params=["forks", pytest.param("processes", marks=pytest.mark.slow)])
+def runs(request):
+    """Runs as forks of this process, and as the processes of their own that they are."""
+    if request.param == "forks":
+        request.getfixturevalue("forks")
+
+
+@pytest.mark.usefixtures("runs")
 def test_a_short_soak_is_run_once_for_a_commit_and_then_shown(tmp_path, monkeypatch):
     words = ["soak", "--clients", "4", "--sampled", "2", "--rounds", "5", "--images", "8"]
     words += ["--out", str(tmp_path)]
@@ -222,19 +243,6 @@ def test_commits_of_a_table_are_all_told():
         named(one, data="somewhere/cifar10")
     assert "\nCommit abc, " in _made_by(made[:2])
     assert "\nCommits abc, def, " in _made_by(made) and "data cifar10." in _made_by(made)
-
-
-@pytest.fixture
-def forks(monkeypatch, quick_runs):
-    """Runs are forks of this process and need import nothing."""
-
-    def start(command, *, stderr, **options):
-        *_, settings, workers, folder = command
-
-        run = partial(job._main, json.loads(settings), int(workers), Path(folder))
-        return Forked(run, stderr)
-
-    monkeypatch.setattr(job, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
 
 
 @pytest.mark.usefixtures("forks")

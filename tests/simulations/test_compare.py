@@ -1,6 +1,6 @@
 """Comparisons that really run: what is there is kept, what is damaged or failed is told.
 
-The first one and the command have workers of their own; those of the rest are forks of this
+Those that the command runs have workers of their own; those of the rest are forks of this
 process and need import nothing.
 """
 
@@ -39,12 +39,19 @@ RECIPE = {
 }
 
 
+def start_fork(process):
+    """In place of a worker's own `_start`."""
+    process._process = Forked(cell_worker.main, process._said)
+
+
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(tmp_path_factory, quick_runs):
     """A comparison of two rows and two seeds, and the cells that it told of."""
     told = []
     folder = tmp_path_factory.mktemp("comparison") / "out"
-    return compare(RECIPE, folder, on_cell=lambda *facts: told.append(facts)), told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simulations.cell_pool._Process._start", start_fork)
+        return compare(RECIPE, folder, on_cell=lambda *facts: told.append(facts)), told
 
 
 @pytest.fixture
@@ -56,11 +63,7 @@ def copy(first, tmp_path):
 @pytest.fixture
 def quick_cells(first, quick_runs, monkeypatch):
     """Cells are run by forks, and there are no pictures of what they came to."""
-
-    def start(process):
-        process._process = Forked(cell_worker.main, process._said)
-
-    monkeypatch.setattr("simulations.cell_pool._Process._start", start)
+    monkeypatch.setattr("simulations.cell_pool._Process._start", start_fork)
     monkeypatch.setattr("fleet.report.page.comparison_pictures", lambda *_: ([], []))
 
 
