@@ -74,8 +74,7 @@ def two_machines() -> Iterator[tuple[str, str, str]]:
 @pytest.mark.parametrize(
     ("kbits", "delay_ms", "number_of_rounds"),
     [
-        # Two rounds over such a link are in test_fleet_life.
-        pytest.param(256, 150, 1, marks=pytest.mark.slow),
+        (256, 150, 1),  # three rounds over such a link are in test_fleet_life
         pytest.param(128, 1000, 3, marks=pytest.mark.slow),
         pytest.param(64, 1000, 3, marks=pytest.mark.slow),
     ],

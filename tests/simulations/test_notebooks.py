@@ -31,7 +31,6 @@ def test_there_is_a_notebook():
     assert [path.name for path in NOTEBOOKS] == ["first_fleet.ipynb"]
 
 
-@pytest.mark.slow  # what is committed is looked at below; the README's code runs what it runs
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_and_shows_what_it_says(path, tmp_path, monkeypatch):
     # The kernel is a process of its own; it finds the packages beside this test.
