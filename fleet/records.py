@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ import tomli_w
 
 from fleet.durable import make_folder, sync_folder
 from fleet.errors import ConfigError
+from fleet.typed_json import from_json
 
 if TYPE_CHECKING:
     import torch
 
 _PACKAGES = ("fleet-mobiletl", "flwr", "torch", "torchvision", "timm", "numpy")
 _PART = re.compile(r"\.(config\.toml|summary\.json|model\.safetensors)\.\d+")
+_MENDED = "copy it again, remove summary.json to see the rounds alone, or repeat the run"
 _BESIDE: ContextVar[Mapping[str, Any]] = ContextVar("tables beside the settings")
 
 
@@ -42,7 +44,7 @@ class ClientReport:
             a training step whose images no cache holds yet; batch and momentum are
             among it.
         seconds: of its local update.
-        metrics: what else it measured (temperature, resident memory).
+        metrics: what else it measured (temperature, resident memory); None as in loss.
     """
 
     name: str
@@ -51,7 +53,7 @@ class ClientReport:
     loss: float | None
     peak_bytes: int
     seconds: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class RoundReport:
     coverage: Mapping[str, int] = field(default_factory=dict)
     bytes_by_client: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     bytes_by_role: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    accuracy_by_client: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    accuracy_by_client: Mapping[str, tuple[int, float | None]] = field(default_factory=dict)
 
     @property
     def abandoned(self) -> bool:
@@ -341,6 +343,28 @@ class RunRecord:
         for report, _ in self.rounds_from(0):
             yield report
 
+    def check_whole(self) -> None:
+        """Refuse a record that was damaged since its run ended; one under way may have any rounds.
+
+        Raises:
+            ConfigError: as `rounds` and `summary`, and if there are fewer rounds than the
+                summary says.
+        """
+        # The summary first: it is written last.
+        said = self.summary().get("rounds") if self.summary_path.is_file() else None
+        last = max((report.server_round for report in self.rounds()), default=-1)
+        if said is not None and type(said) is not int:
+            raise ConfigError(
+                f"{self.summary_path} is not a summary: rounds must be a whole number, got "
+                f"{said!r}; {_MENDED}"
+            )
+        if said is not None and last < said:
+            has = f"ends with round {last}" if last >= 0 else "has no round"
+            raise ConfigError(
+                f"{self.rounds_path} is damaged: it {has}, and {self.summary_path.name} beside it "
+                f"says {said} rounds; {_MENDED}"
+            )
+
     @property
     def last_round(self) -> int:
         """Number of the last round on record; −1 before there is one.
@@ -433,8 +457,7 @@ class RunRecord:
             return _parse_object(_read(self.summary_path))
         except ValueError as error:
             raise ConfigError(
-                f"{self.summary_path} is not a summary: {error}; "
-                f"remove it to see the rounds alone, or repeat the run"
+                f"{self.summary_path} is not a summary: {error}; {_MENDED}"
             ) from error
 
 
@@ -506,33 +529,9 @@ def parse_round(line: str | bytes) -> RoundReport:
     An older version's line lacks the keys that were added since: those take their defaults.
     """
     values = _parse_object(line)
-    _check_keys(RoundReport, values)
-    for key in ("clients", "asked", "late", "full_state"):
-        values[key] = tuple(_typed(values, key, list))
-    for key in ("refused", "coverage", "bytes_by_role", *_PAIRS):
-        values[key] = _typed(values, key, dict)
-    for client in values["clients"]:
-        _check_keys(ClientReport, client)
-    values["clients"] = tuple(ClientReport(**client) for client in values["clients"])
-    for key, meaning in _PAIRS.items():
-        for name, pair in values[key].items():
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError(f"{key} of {name} must be {meaning}, got {pair!r}")
-        values[key] = {name: tuple(pair) for name, pair in values[key].items()}
     # Where it was not on record yet, every round that had updates stepped.
-    values.setdefault("stepped", bool(values["clients"]))
-    return RoundReport(**values)
-
-
-_PAIRS = {"bytes_by_client": "[up, down]", "accuracy_by_client": "[images, accuracy]"}
-
-
-def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = values.get(key, kind())
-    if not isinstance(value, kind):
-        noun = {list: "a list", dict: "an object"}[kind]
-        raise ValueError(f"{key} must be {noun}, got {value!r}")
-    return value
+    values.setdefault("stepped", bool(values.get("clients")))
+    return from_json(RoundReport, values)
 
 
 def _parse_object(content: str | bytes) -> dict[str, Any]:
@@ -540,20 +539,6 @@ def _parse_object(content: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {value!r}")
     return value
-
-
-def _check_keys(kind: type, values: Any) -> None:
-    """Refuse a key that there is not, and the absence of one that has no default."""
-    known = [f.name for f in fields(kind)]
-    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
-    if not isinstance(values, dict):
-        raise ValueError(f"expected an object with {', '.join(known)}, got {values!r}")
-    for fault, names in (
-        ("unknown", [name for name in values if name not in known]),
-        ("missing", [name for name in needed if name not in values]),
-    ):
-        if names:
-            raise ValueError(f"{fault} {', '.join(names)}; known: {', '.join(known)}")
 
 
 @contextlib.contextmanager

@@ -125,6 +125,34 @@ def test_report_of_a_folder_that_cannot_be_written_still_prints(tmp_path):
     assert len(values["per_round"]) == 1
 
 
+def test_report_of_a_record_that_lost_its_rounds_leaves_the_page_as_it_was(tmp_path):
+    record = RunRecord.create(str(tmp_path / "run"), {})
+    for number in range(3):
+        record.add_round(RoundReport(server_round=number, accuracy=0.5, loss=1.0))
+    record.write_summary({"rounds": 2})
+    assert invoke("report", str(record.path)).exit_code == 0
+    page, rounds = record.page_path.read_bytes(), record.rounds_path.read_bytes()
+    other = RunRecord.create(str(tmp_path / "other"), {})
+    other.add_round(RoundReport(server_round=0, accuracy=0.5, loss=1.0))
+    for damage, text in (
+        (rounds[:100], "is damaged: it has no round, and summary.json beside it says 2 rounds"),
+        (rounds.replace(b"0.5", b'"x"', 1), "accuracy must be a number or null, got 'x'; remove"),
+    ):
+        record.rounds_path.write_bytes(damage)
+        against = invoke("report", str(other.path), "--against", str(record.path))
+        for result in (against, invoke("report", str(record.path))):
+            assert result.exit_code == 1
+            assert text in result.output and "Traceback" not in result.output
+            assert result.stdout == ""
+    assert record.page_path.read_bytes() == page
+    assert not other.page_path.exists()
+    record.rounds_path.write_bytes(rounds)
+    record.summary_path.write_text("{")
+    result = invoke("report", str(record.path))
+    assert result.exit_code == 1 and "summary.json is not a summary: " in result.output
+    assert record.page_path.read_bytes() == page
+
+
 def test_against_draws_another_run_into_page_and_picture(run_dir, tmp_path):
     other = RunRecord.create(str(tmp_path / "other-run"), {})
     other.add_round(RoundReport(server_round=0, accuracy=0.1, loss=1.0))

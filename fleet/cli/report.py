@@ -56,7 +56,7 @@ def command(
         return
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
     for each in (record, *beside):
-        list(each.rounds())  # what cannot be read is refused; what cannot be written is not
+        each.check_whole()  # what cannot be read is refused; what cannot be written is not
     try:
         write_page(record, beside)
     except ConfigError as error:

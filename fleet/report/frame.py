@@ -21,13 +21,15 @@ def frame(run: RunRecord | Iterable[RoundReport]) -> "pandas.DataFrame":
         them. What was not measured is NaN.
 
     Raises:
-        ConfigError: if there is no run, or no pandas.
+        ConfigError: if there is no run, it is damaged, or there is no pandas.
     """
     try:
         # Here, not above: a device has no pandas.
         import pandas
     except ImportError as error:
         raise ConfigError("frames need pandas: pip install 'fleet-mobiletl[sim]'") from error
+    if isinstance(run, RunRecord):
+        run.check_whole()
     rounds = run.rounds() if isinstance(run, RunRecord) else run
     rows = {report.server_round: round_numbers(report) for report in rounds}
     columns = list(round_numbers(RoundReport(server_round=0, accuracy=None, loss=None)))

@@ -169,14 +169,33 @@ def damaged(**changes):
         (damaged(clients=3), "clients must be a list, got 3"),
         (damaged(refused=[]), r"refused must be an object, got \[\]"),
         (damaged(asked="pi"), "asked must be a list, got 'pi'"),
-        (damaged(bytes_by_client={"pi": 3}), r"bytes_by_client of pi must be \[up, down\], got 3"),
-        (damaged(bytes_by_client={"pi": [3]}), r"must be \[up, down\], got \[3\]"),
+        (damaged(bytes_by_client={"pi": 3}), "bytes_by_client.pi must be a list of 2, got 3"),
+        (damaged(bytes_by_client={"pi": [3]}), r"must be a list of 2, got \[3\]"),
         (
             damaged(accuracy_by_client={"pi": [3]}),
-            r"accuracy_by_client of pi must be \[images, accuracy\], got \[3\]",
+            r"accuracy_by_client.pi must be a list of 2, got \[3\]",
         ),
-        (damaged(clients=["pi"]), "expected an object with name, blocks, .* got 'pi'"),
-        (damaged(clients=[{"name": "pi"}]), "missing blocks, num_examples, .*; known: name"),
+        (damaged(clients=["pi"]), r"clients\[0\] must be an object with name, .* got 'pi'"),
+        (damaged(clients=[{"name": "pi"}]), r"clients\[0\] missing blocks, num_.*; known: name"),
+        (damaged(accuracy="x"), "accuracy must be a number or null, got 'x'"),
+        (damaged(loss=True), "loss must be a number or null, got True"),
+        (damaged(server_round=1.5), "server_round must be a whole number, got 1.5"),
+        (damaged(bytes_up=None), "bytes_up must be a whole number, got None"),
+        (damaged(seconds=[1]), r"seconds must be a number, got \[1\]"),
+        (damaged(stepped=1), "stepped must be true or false, got 1"),
+        (damaged(asked=["pi", 3]), r"asked\[1\] must be text, got 3"),
+        (damaged(refused={"pi": 3}), "refused.pi must be text, got 3"),
+        (damaged(coverage={"w": "all"}), "coverage.w must be a whole number, got 'all'"),
+        (damaged(bytes_by_role={"up": {"bias": "3"}}), "bytes_by_role.up.bias must be a whole"),
+        (
+            damaged(bytes_by_client={"pi": [1, "x"]}),
+            r"bytes_by_client.pi\[1\] must be a whole number, got 'x'",
+        ),
+        (
+            damaged(clients=[vars(client()), vars(client(metrics={"heat": "hot"}))]),
+            r"clients\[1\].metrics.heat must be a number or null, got 'hot'",
+        ),
+        (damaged(accuracy="x" * 999), "got 'x{79}; remove"),  # no screenful of it
     ],
 )
 def test_a_garbled_line_is_named_by_file_and_number(record, line, text):
@@ -267,6 +286,41 @@ def test_a_damaged_summary_is_named(record, content, text):
     where = re.escape(f"{record.summary_path} is not a summary: ")
     with pytest.raises(ConfigError, match=f"{where}.*{text}.*repeat the run"):
         record.summary()
+
+
+def test_a_record_that_lost_its_rounds_is_damaged(record):
+    for number in range(3):
+        record.add_round(report(number))
+    record.check_whole()  # under way
+    record.write_summary(summarise(record.rounds()))
+    record.check_whole()
+    lines = record.rounds_path.read_bytes().splitlines(keepends=True)
+    for content, has in (
+        (None, "has no round"),
+        (b"", "has no round"),
+        (lines[0][:100], "has no round"),
+        (lines[0], "ends with round 0"),
+        (b"".join(lines)[:-1], "ends with round 1"),
+    ):
+        record.rounds_path.unlink(missing_ok=True)
+        if content is not None:
+            record.rounds_path.write_bytes(content)
+        text = (
+            f"{record.rounds_path} is damaged: it {has}, and summary.json beside it says 2 rounds; "
+            f"copy it again, remove summary.json to see the rounds alone, or repeat the run"
+        )
+        with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+            record.check_whole()
+    record.summary_path.unlink()  # the way out
+    record.check_whole()
+
+
+def test_a_summary_whose_rounds_are_no_number_is_damaged(record):
+    record.add_round(report(0))
+    record.write_summary({"rounds": "2"})
+    text = "is not a summary: rounds must be a whole number, got '2'; copy it again, remove"
+    with pytest.raises(ConfigError, match=re.escape(f"{record.summary_path} {text}")):
+        record.check_whole()
 
 
 def test_a_run_that_has_not_ended_has_no_summary(record):
