@@ -10,6 +10,7 @@ from clients.memory import file_name, state_directory
 from fleet.backbones import Backbone
 from fleet.errors import ConfigError
 from fleet.formats import export
+from fleet.paths import expanded
 from fleet.trained import TrainedModel, read_facts, read_trained
 
 _FOLDER = "models"  # in the state directory: one file a client, whatever the run
@@ -57,7 +58,7 @@ def newest_model(directory: Path) -> tuple[Path, TrainedModel]:
     Raises:
         ConfigError: if none was received yet, or all are damaged.
     """
-    folder = Path(directory).expanduser() / _FOLDER
+    folder = expanded(directory, "state folder") / _FOLDER
     files = sorted(folder.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
     fault = ""
     for path in files:

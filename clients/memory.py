@@ -25,6 +25,7 @@ import safetensors.numpy
 
 from fleet.durable import sync_folder
 from fleet.errors import ConfigError, UpdateError
+from fleet.paths import expanded
 from fleet.state import Arrays
 
 FORGOTTEN_SECONDS = 30 * 24 * 3600  # a run that nobody touched for so long goes
@@ -183,7 +184,7 @@ class ClientMemory:
 def state_directory(setting: str) -> Path:
     """Where clients' memories lie: the setting, else $FLEET_STATE, else ~/.local/state/fleet."""
     where = setting or os.environ.get("FLEET_STATE") or "~/.local/state/fleet"
-    return Path(where).expanduser()
+    return expanded(where, "state-dir")
 
 
 def file_name(client: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 
 # A service's `ProtectHome=tmpfs` and `PrivateTmp=yes` hide what lies here, unless it is bound in.
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
@@ -24,7 +25,7 @@ def image_folder(data: str) -> Path:
     Raises:
         ConfigError: if it is no folder.
     """
-    folder = os.path.abspath(os.path.expanduser(data))
+    folder = os.path.abspath(expanded(data, "--data"))
     if not os.path.isdir(folder):
         raise ConfigError(
             f"--data {folder} is no folder; name one that has a folder of images for each class: "

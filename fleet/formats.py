@@ -15,6 +15,7 @@ import torch.nn as nn
 from fleet.durable import write_durably
 from fleet.errors import ConfigError
 from fleet.model_file import model_bytes
+from fleet.paths import expanded
 from fleet.trained import Source, TrainedModel, trained_model
 
 DESCRIPTION = "model.json"  # name of the description within a PyTorch archive
@@ -61,7 +62,7 @@ def export(source: Source, to: str | Path) -> Exported:
         ConfigError: if there is no model, or it is damaged, for an unknown
             suffix, an extra that is not installed, or a file that cannot be written.
     """
-    to = Path(to).expanduser()
+    to = expanded(to, "file")
     if to.suffix not in _WRITERS:
         raise ConfigError(
             f"cannot export to {to}: {to.suffix or 'no suffix'} names no format; known: "

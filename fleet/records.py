@@ -350,6 +350,14 @@ class RunRecord:
             ConfigError: as `rounds` and `summary`, and if there are fewer rounds than the
                 summary says.
         """
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            pass  # as any folder that holds no run
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            raise ConfigError(
+                f"cannot read {self.path}: {_reason(error)}; name the folder of a run"
+            ) from error
         # The summary first: it is written last.
         said = self.summary().get("rounds") if self.summary_path.is_file() else None
         last = max((report.server_round for report in self.rounds()), default=-1)

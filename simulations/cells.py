@@ -19,6 +19,7 @@ from typing import Any
 from fleet.config import Value
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 from fleet.records import RunRecord, to_json
 from simulations.deciding import code_version, deciding_files, own_version
 from simulations.recipe import Variant
@@ -65,7 +66,7 @@ class Keys:
             "settings": settings | {"seed": seed},
             "engine": variant.engine,
             "adversity": dict(variant.adversity),
-            "files": {key: self._state_of(settings[key]) for key in ("data", "weights")},
+            "files": {key: self._state_of(key, settings[key]) for key in ("data", "weights")},
             "own": {key: self._own_code(settings[key]) for key in ("strategy", "rule")},
             "code": self._code,
         }
@@ -163,9 +164,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _state_of(name: str) -> str:
+def _state_of(setting: str, name: str) -> str:
     """Of a path on the disk its files' names, sizes and times; a built-in name has none."""
-    path = Path(name).expanduser()
+    path = expanded(name, setting)
     if name in BUILT_IN or not os.path.exists(path):
         return ""
     digest = hashlib.sha256()

@@ -78,7 +78,8 @@ def compare(
         waiting: dict[str, list[tuple[ComparedRow, Cell]]] = {}  # rows may share a run
         for row in rows:
             for seed in asked.seeds:
-                cell = keys.cell(row.variant, seed)
+                with _in_row(row.variant):
+                    cell = keys.cell(row.variant, seed)
                 measured = _measured(folders, cell, on_note)
                 if measured and keep_models and not folders.has_model(cell):
                     bare, measured = bare + 1, None
@@ -86,8 +87,9 @@ def compare(
                     waiting.setdefault(cell.key, []).append((row, cell))
                 else:
                     row.runs[seed] = RunRecord(folders.path(cell)), measured
-            if len(row.runs) < len(asked.seeds):
-                _check(row.variant)
+            if len(row.runs) < len(asked.seeds):  # of others it is known that they can begin
+                with _in_row(row.variant):
+                    check_settings(read_config(default_settings() | row.variant.settings))
         total = len(rows) * len(asked.seeds)
         done = total - sum(map(len, waiting.values()))
         if done:
@@ -130,7 +132,7 @@ def redraw(folder: str | Path) -> Comparison:
             cannot be written.
     """
     folder = Path(folder).absolute()
-    if not (folder / RECIPE).is_file() or not (folder / CELLS).is_file():
+    if not all(os.path.isfile(folder / name) for name in (RECIPE, CELLS)):
         raise ConfigError(
             f"{folder} holds no comparison: there is no {RECIPE} with {CELLS} in it; fleet compare "
             f"writes both"
@@ -191,14 +193,15 @@ def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
     return recipe_of(values, tuple(COLUMNS))
 
 
-def _check(variant: Variant) -> None:
-    """Refuse a row whose runs could not begin.
+@contextlib.contextmanager
+def _in_row(variant: Variant) -> Iterator[None]:
+    """Have an error name the row whose runs could not begin.
 
     Raises:
-        ConfigError: naming the row.
+        ConfigError: naming it.
     """
     try:
-        check_settings(read_config(default_settings() | variant.settings))
+        yield
     except FleetError as error:
         raise ConfigError(f"row {variant.name}: {error}") from error
 
@@ -223,7 +226,7 @@ def _check_folder(folder: Path) -> None:
     Raises:
         ConfigError: naming it.
     """
-    if RunRecord(folder).config_path.is_file():
+    if os.path.isfile(RunRecord(folder).config_path):  # Path's own raises for too long a name
         raise ConfigError(
             f"{folder} is the folder of a run, whose page a comparison would write over; name "
             f"another folder"
@@ -246,9 +249,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"cannot write {folder}: {error.strerror}; name another folder with --out"
+            f"cannot write {folder}: {reason}; name another folder with --out"
         ) from error
     with lock:
         try:

@@ -16,6 +16,7 @@ from fleet.codec import parse_codec
 from fleet.config import WEIGHTS, RunConfig, Value, default_settings, read_config, read_toml
 from fleet.data import BUILT_IN
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 from fleet.records import RoundReport, RunRecord, recorded_beside
 from fleet.report import write_page
 from simulations.adversity import Adversity
@@ -156,7 +157,7 @@ def resumed(run_dir: str | Path) -> tuple[dict[str, Value], dict[str, str | floa
         ConfigError: if there is no run, or its config.toml is damaged.
     """
     record = RunRecord(Path(run_dir))
-    if not record.config_path.is_file():
+    if not os.path.isfile(record.config_path):  # Path's own raises for a name that is too long
         raise ConfigError(f"{record.path} holds no run: there is no config.toml in it")
     facts = read_toml(record.config_path)
     settings = {**facts.get("settings", {}), "run-dir": str(record.path), "resume": True}
@@ -271,9 +272,9 @@ def _absolute_paths(config: RunConfig) -> dict[str, str]:
     """
     paths = {}
     if config.data.source not in BUILT_IN:
-        paths["data"] = Path(config.data.source).expanduser()
+        paths["data"] = expanded(config.data.source, "data")
     if config.model.weights not in WEIGHTS:
-        paths["weights"] = Path(config.model.weights).expanduser()
+        paths["weights"] = expanded(config.model.weights, "weights")
     # os.path takes a name that is too long for one that does not exist; Path raises.
     return {key: str(path.resolve()) for key, path in paths.items() if os.path.exists(path)}
 

@@ -175,6 +175,20 @@ def test_against_refuses_a_folder_without_a_run(run_dir, tmp_path):
     assert f"{tmp_path} holds no run: there is no config.toml in it" in result.output
 
 
+def test_a_name_that_is_too_long_for_a_folder_is_refused_without_a_traceback(run_dir):
+    name = "a" * 300
+    for arguments in ((name,), (str(run_dir), "--against", name)):
+        result = invoke("report", *arguments)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        assert f"/{name}: File name too long; name the folder of a run" in result.output
+        assert "cannot read /" in result.output
+    result = invoke("compare", "--out", name)
+    assert result.exit_code == 1
+    assert f"/{name}: File name too long; name another folder with --out" in result.output
+    result = invoke("simulate", "--resume", name)
+    assert f"/{name} holds no run: there is no config.toml in it" in result.output
+
+
 def test_a_picture_that_cannot_be_written_is_refused_without_a_traceback(run_dir, tmp_path):
     result = invoke("report", str(run_dir), "--picture", str(tmp_path))
     assert result.exit_code == 1

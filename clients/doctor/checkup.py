@@ -28,6 +28,7 @@ from clients.doctor.room import disk_findings, meminfo, memory_finding, swap_fin
 from clients.doctor.server import call, server_findings
 from clients.doctor.torch_check import Probe, probe_torch, project_installed, torch_finding
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 
 _NOT_ASKED = "not looked at"
 
@@ -100,12 +101,11 @@ def _cgroup(subject: Subject) -> list[Finding]:
 
 
 def _disk(subject: Subject) -> list[Finding]:
-    state = subject.state or Path(os.environ.get("FLEET_STATE") or "~/.local/state/fleet")
-    cache = subject.cache or Path(os.environ.get("FLEET_CACHE") or "~/.cache/fleet/features")
+    state = subject.state or os.environ.get("FLEET_STATE") or "~/.local/state/fleet"
+    cache = subject.cache or os.environ.get("FLEET_CACHE") or "~/.cache/fleet/features"
+    folders = expanded(state, "state folder"), expanded(cache, "cache folder")
     installation = None if project_installed() else Path.home()
-    return disk_findings(
-        *(Path(os.path.abspath(folder.expanduser())) for folder in (state, cache)), installation
-    )
+    return disk_findings(*(Path(os.path.abspath(folder)) for folder in folders), installation)
 
 
 def _torch(subject: Subject) -> list[Finding]:

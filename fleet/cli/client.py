@@ -11,6 +11,7 @@ from fleet.cli.until_signal import until_signal
 from fleet.config import WEIGHTS, Value, budget, read_assignment
 from fleet.errors import ConfigError
 from fleet.node_settings import NODE_SETTINGS
+from fleet.paths import expanded
 
 if TYPE_CHECKING:
     from fleet.deploy.bundle import Bundle
@@ -118,7 +119,7 @@ def read_options(
     else:
         bundle = take_bundle(source, folder)
         name = bundle.name
-    node: dict[str, Value] = {"name": name, "data": str(data.expanduser().absolute())}
+    node: dict[str, Value] = {"name": name, "data": str(expanded(data, "--data").absolute())}
     node["budget-mib"] = str(budget(budget_mib))
     if blocks is not None:
         node["blocks"] = blocks
@@ -130,9 +131,9 @@ def read_options(
             raise ConfigError(f"--set {other}: {key} has an option of its own, --{key}")
         node[key] = value
     if "weights" in node and node["weights"] not in WEIGHTS:
-        node["weights"] = str(Path(str(node["weights"])).expanduser().absolute())
+        node["weights"] = str(expanded(str(node["weights"]), "weights").absolute())
     if trusted_entities is not None:
-        trusted_entities = trusted_entities.expanduser().absolute()
+        trusted_entities = expanded(trusted_entities, "--trusted-entities").absolute()
     return ClientOptions(
         state=folder,
         node=node,

@@ -1,5 +1,6 @@
 """`fleet report`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -45,7 +46,8 @@ def command(
 
     md prints the tables in Markdown; csv prints that of the rounds, and --files has the others.
     """
-    if not RunRecord(run).config_path.is_file() and (run / "cells.jsonl").is_file():
+    # Path's own is_file raises for a name that is too long.
+    if not os.path.isfile(RunRecord(run).config_path) and os.path.isfile(run / "cells.jsonl"):
         given = {"--against": against, "--picture": picture, "--files": files}
         if unused := [option for option, value in given.items() if value]:
             raise ConfigError(

@@ -22,6 +22,7 @@ from fleet.config import (
     read_config,
 )
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 from fleet.records import RunRecord, to_json
 from fleet.remarks import read_remarks
 
@@ -277,7 +278,7 @@ def _absolute_paths(config: RunConfig) -> dict[str, Value]:
         ("data", config.data.source, BUILT_IN),
         ("weights", config.model.weights, WEIGHTS),
     ):
-        path = Path(value).expanduser()
+        path = expanded(value, key)
         if value not in names and path.exists():
             paths[key] = str(path.absolute())
     return paths

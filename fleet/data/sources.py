@@ -15,6 +15,7 @@ from fleet.data.images import ImageData, digest, found, need
 from fleet.data.splits import Split, held_out, take_stratified
 from fleet.data.tables import SUFFIXES, load_hugging_face, load_table, table_files
 from fleet.errors import ConfigError
+from fleet.paths import expanded
 
 # Name → class in torchvision.datasets, files that it looks for below the root.
 TORCHVISION = {
@@ -75,7 +76,7 @@ def load_device_data(source: str) -> tuple[ImageData, ImageData]:
     Raises:
         ConfigError: as `load_data` and `load_growing`.
     """
-    path = Path(source).expanduser()
+    path = expanded(source, "data")
     if source not in BUILT_IN and os.path.isdir(path) and not table_files(path):
         return load_growing(path)
     return load_data(source, "train"), load_data(source, "test")
@@ -93,7 +94,7 @@ def _check(data: ImageData, source: str, split: Split) -> None:
 
 
 def _open(source: str, split: Split, skip_unreadable: bool) -> ImageData:
-    path = Path(source).expanduser()
+    path = expanded(source, "data")
     if source == "digits":
         return _digits(split)
     if source in TORCHVISION:
@@ -112,7 +113,7 @@ def check_source(source: str) -> None:
     Raises:
         ConfigError: naming the forms.
     """
-    path = Path(source).expanduser()
+    path = expanded(source, "data")
     if source in BUILT_IN or source.startswith("hf:") or os.path.exists(path):
         return
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in SUFFIXES:
@@ -152,7 +153,7 @@ def _torchvision(source: str, split: Split) -> ImageData:
     if source == "flowers102":
         need("scipy.io", f"data {source}")
     name, files = TORCHVISION[source]
-    root = Path(os.environ.get("FLEET_DATA") or "~/.cache/fleet/data").expanduser()
+    root = expanded(os.environ.get("FLEET_DATA") or "~/.cache/fleet/data", "FLEET_DATA")
     which = {"train": split == "train"} if name.startswith("CIFAR") else {"split": split}
     try:
         loaded = getattr(datasets, name)(root, download=True, **which)  # nothing if it is there

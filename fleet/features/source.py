@@ -22,6 +22,7 @@ from fleet.features.cache import FeatureCache
 from fleet.mobiletl import TransferModel
 from fleet.mobiletl.chunks import chunks, room
 from fleet.mobiletl.prefix import MICRO_BATCH
+from fleet.paths import expanded
 
 _FORMAT = 1  # raised when the same key would mean other features
 
@@ -191,7 +192,7 @@ def run_in_parts(model: TransferModel, length: int, images: Callable[[slice], Te
 def cache_directory(config: FeatureConfig) -> Path:
     """Where features lie: the setting, else $FLEET_CACHE, else the user's cache."""
     named = config.cache_dir or os.environ.get("FLEET_CACHE") or "~/.cache/fleet/features"
-    return Path(named).expanduser()
+    return expanded(named, "cache-dir")
 
 
 def features_key(model: TransferModel, preprocessing: Preprocessing) -> str:

@@ -352,6 +352,8 @@ def lives(process):
         ("partition", "dirichlet:x", "'dirichlet:x' needs alpha, a number above 0, got 'x'; known"),
         ("partition", "foo", "partition 'foo' is unknown; known: iid"),
         ("data", "nope", "data 'nope' is neither a known name nor a path here; known: digits"),
+        ("data", "~nobody-here/x", "data ~nobody-here/x begins with a home, and there is no user"),
+        ("weights", "~nobody-here/x", "weights ~nobody-here/x begins with a home, and there is"),
         ("weights", "nope.pth", "no weights file nope.pth; name a .safetensors or .pth file"),
         ("backbone", "nope", "unknown backbone nope; examples: efficientnet_lite0"),
         ("method", "foo", "unknown method foo; known: mobiletl"),

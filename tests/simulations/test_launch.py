@@ -71,6 +71,8 @@ def test_a_run_directory_that_holds_a_run_is_refused_and_kept(tmp_path):
         ),
         ({"data": "a" * 300}, "data 'aaa.*' is neither a known name nor a path here"),
         ({"weights": "a" * 300}, "no weights file aaa"),
+        ({"data": "~nobody-here/x"}, "data ~nobody-here/x begins with a home, and there is no"),
+        ({"weights": "~nobody-here/x"}, "weights ~nobody-here/x begins with a home, and there"),
         ({"data": " "}, "data is empty; name one"),
         ({"weights": ""}, "weights is empty; name one"),
         ({"seed": 2**63}, r"seed must lie in \[0, 2\^63\), got 9223372036854775808"),
