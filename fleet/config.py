@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -409,7 +409,7 @@ def read_config(settings: Mapping[str, Value]) -> RunConfig:
             value of the wrong type, or one out of range.
     """
     known = {key: field for key, _, field in _settings(RunConfig)}
-    if unknown := sorted(settings.keys() - known.keys()):
+    if unknown := sorted(map(str, settings.keys() - known.keys())):
         raise ConfigError(unknown_setting(unknown[0], known))
     if missing := sorted(known.keys() - settings.keys()):
         raise ConfigError(f"setting {missing[0]} is missing; start from default_settings()")
@@ -446,8 +446,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
 
 
-def read_assignment(text: str, option: str = "--set") -> tuple[str, Value]:
+def read_assignment(
+    text: str, option: str = "--set", of_text: Collection[str] = ()
+) -> tuple[str, Value]:
     """`KEY=VALUE` of a command line, the value as `read_value` reads it.
+
+    Args:
+        of_text: keys whose values are text.
 
     Raises:
         ConfigError: if there is no `=`, and as `read_value`.
@@ -456,20 +461,25 @@ def read_assignment(text: str, option: str = "--set") -> tuple[str, Value]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"{option} takes KEY=VALUE, got {text!r}")
-    return key, read_value(written, f"{option} {key}")
+    return key, read_value(written, f"{option} {key}", is_text=key in of_text)
 
 
-def read_value(written: str, where: str) -> Value:
+def read_value(written: str, where: str, is_text: bool = False) -> Value:
     """A number, true or false, or else text, with quotes or without.
 
     Whether a setting takes it is for `read_config` to say.
 
+    Args:
+        is_text: whether it is text whatever it looks like: nan, 1 and true too.
+
     Raises:
-        ConfigError: for a list, a table or a time.
+        ConfigError: for a list or a table; for a time, where that is no text.
     """
     try:
         value = tomllib.loads(f"value = {written}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
+        return written.strip()
+    if is_text and not isinstance(value, str | list | dict):
         return written.strip()
     if not isinstance(value, Value):
         raise ConfigError(f"{where} takes text, a number, true or false; got {written}")
@@ -487,6 +497,11 @@ def default_settings() -> dict[str, Value]:
 def describe_settings() -> list[tuple[str, type, str]]:
     """Key, type and meaning of every setting."""
     return [(key, field.type, field.metadata["help"]) for key, _, field in _settings(RunConfig)]
+
+
+def text_settings() -> frozenset[str]:
+    """Keys of the settings that are text."""
+    return frozenset(key for key, kind, _ in describe_settings() if kind is str)
 
 
 def _settings(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple, Any]]:

@@ -1,10 +1,11 @@
 """What follows a run from outside: a protocol of five methods."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fleet.config import Value
+from fleet.errors import ConfigError
 from fleet.records import RoundReport, RunRecord
 
 
@@ -32,11 +33,29 @@ class Callback:
         """The run has failed, or was interrupted: then the error is a KeyboardInterrupt."""
 
 
+_EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
 class Callbacks(Callback):
-    """Tells several callbacks what happens, none of which can end the run."""
+    """Tells several callbacks what happens, none of which can end the run.
+
+    Raises:
+        ConfigError: for what is no callback.
+    """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
+        if not isinstance(callbacks, Iterable):
+            raise ConfigError(
+                f"callbacks must be a list of simulations.Callback, got {callbacks!r:.80}; put "
+                f"a single one into a list too"
+            )
         self._callbacks = list(callbacks)
+        for each in self._callbacks:
+            if lacking := [name for name in _EVENTS if not callable(getattr(each, name, None))]:
+                raise ConfigError(
+                    f"callback {each!r:.80} has no {', '.join(lacking)}; let its class inherit "
+                    f"from simulations.Callback, which has all"
+                )
         self._failed: set[int] = set()  # by place: a callback need not be hashable
 
     def on_run_start(self, record: RunRecord, settings: Mapping[str, Value]) -> None:

@@ -66,6 +66,8 @@ def compare(
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if type(jobs) is not int or jobs < 1:
         raise ConfigError(f"jobs must be a whole number from 1 on, got {jobs!r}")
+    if not isinstance(out, str | Path):
+        raise ConfigError(f"out must be the path of a folder, got {out!r:.80}")
     variants = asked.variants()
     folder = Path(out).absolute()
     _check_folder(folder)
@@ -132,24 +134,47 @@ def redraw(folder: str | Path) -> Comparison:
             cannot be written.
     """
     folder = Path(folder).absolute()
-    if not all(os.path.isfile(folder / name) for name in (RECIPE, CELLS)):
-        raise ConfigError(
-            f"{folder} holds no comparison: there is no {RECIPE} with {CELLS} in it; fleet compare "
-            f"writes both"
-        )
+    if not holds_comparison(folder):  # where there is none, none is locked
+        raise _no_comparison(folder)
     with _alone_in(folder):
-        asked = load_recipe(folder / RECIPE)
-        try:
-            cells = [json.loads(line) for line in (folder / CELLS).read_text().splitlines()]
-            rows = _rows_of(asked, folder, cells)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{folder / CELLS} is damaged: {type(error).__name__}: {error}; run the comparison "
-                f"again: fleet compare {folder / RECIPE} --out {folder}"
-            ) from error
-        comparison = Comparison(asked, folder, rows)
+        comparison = read_comparison(folder)
         comparison.write()
     return comparison
+
+
+def holds_comparison(folder: Path) -> bool:
+    """Whether a comparison has written its recipe and cells there."""
+    # Path's own is_file raises for a name that is too long.
+    return all(os.path.isfile(folder / name) for name in (RECIPE, CELLS))
+
+
+def read_comparison(folder: str | Path) -> Comparison:
+    """A comparison as its folder has it; nothing is run or written.
+
+    Raises:
+        ConfigError: if there is none, or it is damaged. A run of it that is missing or
+            damaged counts as failed.
+    """
+    folder = Path(folder).absolute()
+    if not holds_comparison(folder):
+        raise _no_comparison(folder)
+    asked = load_recipe(folder / RECIPE)
+    try:
+        cells = [json.loads(line) for line in (folder / CELLS).read_text().splitlines()]
+        rows = _rows_of(asked, folder, cells)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / CELLS} is damaged: {type(error).__name__}: {error}; run the comparison "
+            f"again: fleet compare {folder / RECIPE} --out {folder}"
+        ) from error
+    return Comparison(asked, folder, rows)
+
+
+def _no_comparison(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} holds no comparison: there is no {RECIPE} with {CELLS} in it; fleet compare "
+        f"writes both"
+    )
 
 
 def _rows_of(asked: Recipe, folder: Path, cells: Sequence[Mapping[str, Any]]) -> list[ComparedRow]:
@@ -189,6 +214,11 @@ def load_recipe(recipe: Mapping[str, Any] | str | Path) -> Recipe:
     Raises:
         ConfigError: for one that will not do.
     """
+    if not isinstance(recipe, Mapping | str | Path):
+        raise ConfigError(
+            f"a recipe is the path of a TOML file, or a mapping of the same form; got "
+            f"{recipe!r:.80}"
+        )
     values = recipe if isinstance(recipe, Mapping) else read_toml(Path(recipe))
     return recipe_of(values, tuple(COLUMNS))
 

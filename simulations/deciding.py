@@ -30,6 +30,7 @@ SHOWS = (
     "simulations/cell_pool.py",
     "simulations/compare.py",
     "simulations/comparison.py",
+    "simulations/frames.py",
     "simulations/paired.py",
     "simulations/recipe.py",
 )

@@ -88,7 +88,13 @@ def simulate(
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine}; known: {', '.join(ENGINES)}")
+    if not isinstance(settings, Mapping | None):
+        raise ConfigError(
+            f"settings must be a mapping from names to values, such as {{'rounds': 5}}; got "
+            f"{settings!r:.80}"
+        )
     processes = check_workers(workers, engine)
+    followers = Callbacks(callbacks)
     adversity = Adversity(attack=attack, hostile=hostile, drop=drop)
     config = read_config(default_settings() | dict(settings or {}))
     check_fleet(config)
@@ -104,7 +110,6 @@ def simulate(
     local_data({"partition-id": 0, "num-partitions": final["clients"]}, config.data, config.seed)
     if processes > 1:  # workers are forks: what is imported by now, they need not import each
         resolve(config.model.backbone)
-    followers = Callbacks(callbacks)
 
     def end_round(report: RoundReport) -> None:
         on_round(report)

@@ -21,7 +21,7 @@ A recipe is a TOML file or a mapping of the same form:
 
 Everything is optional. Names are those of `fleet simulate`; `codec` sets both links'.
 A table [simulation], as a run's config.toml has, counts as a part of [settings]. That
-file itself is a recipe of one run, its seed's.
+file itself is a recipe of one run, its seed's; so is a file of settings alone.
 """
 
 import csv
@@ -41,6 +41,7 @@ from fleet.config import (
     read_assignment,
     read_config,
     read_value,
+    text_settings,
     unknown_setting,
 )
 from fleet.errors import ConfigError
@@ -178,10 +179,10 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: naming what is not known, and what is, the closest first.
     """
-    values = _of_a_run(values) if any(key in values for key in _OF_A_RUN) else values
+    values = in_tables(values)
     for key in values:
         if key not in _KEYS:
-            name = closest_first(key, [*_KEYS, *_names()])[0]
+            name = closest_first(str(key), [*_KEYS, *_names()])[0]
             table = f"; {name} goes below [settings]" if name not in _KEYS else ""
             raise ConfigError(unknown("key", key, _KEYS) + table)
     title = values.get("title", "Comparison")
@@ -211,15 +212,23 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
         seeds=_seeds(values.get("seeds", 1)),
         target=_target(values.get("target")),
         columns=_listed("column", values.get("columns", []), columns),
-        within=_listed("setting", values.get("within", []), _names()),
+        within=_listed("setting", values.get("within", []), _names(), "within: "),
         settings=settings,
         vary=axes,
         rows=rows,
     )
 
 
-def _of_a_run(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run's config.toml as a recipe: its seed, and its settings but for where it lies."""
+def in_tables(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As a recipe, what `fleet simulate` takes: a run's config.toml, or settings alone.
+
+    Either is a recipe of one run: with its seed, and its settings but for where it lies.
+    What is a recipe is given back as it is.
+    """
+    is_flat = not values.keys() & {*_KEYS, *_OF_A_RUN} and values.keys() & {*_names(), *_PLACED}
+    values = {"settings": dict(values)} if is_flat else values
+    if not is_flat and not values.keys() & {*_OF_A_RUN}:
+        return values
     own = _table(values, "settings")
     recipe = {key: table for key, table in values.items() if key not in _OF_A_RUN}
     recipe["settings"] = {key: value for key, value in own.items() if key not in _PLACED}
@@ -232,7 +241,7 @@ def parse_setting(text: str) -> tuple[str, Value]:
     Raises:
         ConfigError: for an unknown name, or a value that is none.
     """
-    name, value = read_assignment(text)
+    name, value = read_assignment(text, of_text=_of_text())
     _check_names("--set", {name: value})
     return name, value
 
@@ -248,7 +257,8 @@ def parse_axis(text: str) -> tuple[str, list[Value]]:
         raise ConfigError(f"--vary takes KEY=VALUE,VALUE, got {text!r}")
     _check_names("--vary", {name: written})
     values = next(csv.reader([written], strict=True), [""])
-    return name, [read_value(value, f"--vary {name}") for value in values]
+    is_text = name in _of_text()
+    return name, [read_value(value, f"--vary {name}", is_text) for value in values]
 
 
 def parse_seeds(text: str) -> int | list[int]:
@@ -258,7 +268,7 @@ def parse_seeds(text: str) -> int | list[int]:
         ConfigError: for anything else.
     """
     try:
-        return [int(seed) for seed in text.split(",") if seed] if "," in text else int(text)
+        return [int(seed) for seed in text.split(",")] if "," in text else int(text)
     except ValueError as error:
         raise ConfigError(
             f"seeds must be how many, such as 3, or which, such as 0,4,7; got {text}"
@@ -275,6 +285,10 @@ def unknown(noun: str, word: Any, known: Iterable[str]) -> str:
 def _names() -> list[str]:
     settings = [key for key, _, _ in describe_settings() if key not in _PLACED]
     return [*settings, *OF_SIMULATION, "codec"]
+
+
+def _of_text() -> frozenset[str]:
+    return text_settings() | {"attack", "engine", "codec"}
 
 
 def _check_names(where: str, table: Mapping[str, Any]) -> None:
@@ -349,12 +363,12 @@ def _target(value: Any) -> float | None:
     return float(value)
 
 
-def _listed(noun: str, values: Any, known: Sequence[str]) -> tuple[str, ...]:
+def _listed(noun: str, values: Any, known: Sequence[str], where: str = "") -> tuple[str, ...]:
     if not isinstance(values, list | tuple):
-        raise ConfigError(f"{noun}s must be a list of names, got {values!r}")
+        raise ConfigError(f"{where}{noun}s must be a list of names, got {values!r}")
     for value in values:
         if value not in known:
-            raise ConfigError(unknown(noun, value, known))
+            raise ConfigError(where + unknown(noun, value, known))
     return tuple(dict.fromkeys(values))
 
 

@@ -83,9 +83,9 @@ def _asked(
 ) -> Any:
     """The `simulations.recipe.Recipe` that a file and options ask for."""
     from simulations.compare import load_recipe
-    from simulations.recipe import parse_axis, parse_seeds, parse_setting
+    from simulations.recipe import in_tables, parse_axis, parse_seeds, parse_setting
 
-    values: dict[str, Any] = read_toml(recipe) if recipe else {}
+    values: dict[str, Any] = dict(in_tables(read_toml(recipe))) if recipe else {}
     for key, parse, texts in (("vary", parse_axis, vary), ("settings", parse_setting, settings)):
         if texts:
             values[key] = {**values.get(key, {}), **dict(map(parse, texts))}

@@ -20,6 +20,7 @@ from fleet.config import (
     default_settings,
     read_assignment,
     read_config,
+    text_settings,
 )
 from fleet.errors import ConfigError
 from fleet.paths import expanded
@@ -92,7 +93,7 @@ def command(
     server = ServerFolder(folder)
     wishes = Wishes(server.runs_path.absolute())
     settings = {k.replace("_", "-"): v for k, v in options.items() if v is not None}
-    settings |= dict(map(read_assignment, assignments))
+    settings |= dict(read_assignment(each, of_text=text_settings()) for each in assignments)
     given = {
         "--resume": resumed,
         "--stop": stopped,

@@ -15,6 +15,7 @@ import subprocess
 import time
 import tomllib
 
+import pandas
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -22,7 +23,7 @@ from click.testing import CliRunner
 from fleet.cli import main
 from fleet.errors import ConfigError
 from fleet.records import RunRecord
-from simulations import cell_worker, compare
+from simulations import cell_worker, compare, frame
 from simulations.cells import Keys
 from simulations.compare import load_recipe, redraw
 from simulations.comparison import COLUMNS
@@ -130,6 +131,24 @@ def test_the_frame_has_a_line_a_row_seed_and_round(first):
     assert frame.loc[("codec=int8", 1, 2), "accuracy"] == pytest.approx(
         first[0].values[1]["accuracy"][1]
     )
+
+
+def test_a_folder_has_the_frame_of_what_lies_in_it(first, copy):
+    comparison = first[0]
+    run, _ = comparison.rows[1].runs[0]
+    for of, same in ((comparison, comparison.frame()), (run, frame(run.path))):
+        pandas.testing.assert_frame_equal(frame(of), same)
+    pandas.testing.assert_frame_equal(frame(str(copy)), comparison.frame())
+    pandas.testing.assert_frame_equal(frame(run.rounds()), frame(str(run.path)))
+    assert len(frame(run.path)) == SMALL["rounds"] + 1
+    for wrong, text in (
+        (copy / "runs", "holds no run: there is no config.toml in it"),
+        ("nowhere", "/nowhere holds no run"),
+        ("a" * 300, "File name too long; name the folder of a run"),
+        (3, "a frame is of a run's record, a comparison, the folder of either, or rounds; got 3"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            frame(wrong)
 
 
 def test_nothing_is_run_again_and_the_files_are_the_same(first, copy):

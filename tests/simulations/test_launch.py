@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fleet.errors import ConfigError, FleetError
-from simulations import simulate
+from simulations import Callback, simulate
 from simulations.attacks import hostile_clients
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -85,6 +85,30 @@ def test_what_the_user_can_mend_is_said_before_anything_is_written(tmp_path, set
     with pytest.raises(FleetError, match=text):
         simulate(SMALL | settings | {"run-dir": str(tmp_path / "run")})
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+class Heard:
+    def on_round_end(self, report):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"settings": "x"}, "settings must be a mapping from names to values, .*; got 'x'$"),
+        ({"settings": ["rounds"]}, r"settings must be a mapping .*; got \['rounds'\]$"),
+        ({"settings": {1: 2, "x": 3}}, "^unknown setting 1; known: "),
+        ({"callbacks": Callback()}, "callbacks must be a list of simulations.Callback, got <.*li"),
+        (
+            {"callbacks": [Callback(), Heard()]},
+            "^callback <.*Heard .* has no on_run_start, on_reply, on_run_end, on_run_error; let",
+        ),
+        ({"callbacks": "mlflow"}, "^callback 'm' has no on_run_start, .*from simulations.Callback"),
+    ],
+)
+def test_what_is_given_in_a_wrong_form_is_said_with_the_right_one(given, text):
+    with pytest.raises(ConfigError, match=text):
+        simulate(**given)
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones():

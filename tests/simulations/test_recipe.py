@@ -1,8 +1,12 @@
 """What a comparison's recipe says, and what it must not."""
 
+from pathlib import Path
+
 import pytest
 
+import simulations
 from fleet.errors import ConfigError
+from simulations import compare
 from simulations.compare import load_recipe
 from simulations.comparison import COLUMNS
 from simulations.recipe import parse_axis, parse_seeds, parse_setting
@@ -42,7 +46,8 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
     ("values", "text"),
     [
         ({"sedes": 3}, "unknown key sedes; known: seeds, "),
-        ({"rounds": 3}, "unknown key rounds; .*rounds goes below \\[settings\\]"),
+        ({"rounds": 3, "seeds": 2}, "unknown key rounds; .*rounds goes below \\[settings\\]"),
+        ({"rounds": 3, "sedes": 2}, "settings: unknown setting sedes; known: "),
         ({"settings": {"ruonds": 3}}, "settings: unknown setting ruonds; known: rounds, "),
         ({"vary": {"strategie": ["fedavg"]}}, "vary: unknown setting strategie; known: strategy"),
         (
@@ -59,7 +64,7 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
         ),
         ({"settings": {"seed": 3}}, "settings: a comparison has no seed; use seeds"),
         ({"columns": ["acuracy"]}, "unknown column acuracy; known: accuracy, "),
-        ({"within": ["partitoin"]}, "unknown setting partitoin; known: partition, "),
+        ({"within": ["partitoin"]}, "^within: unknown setting partitoin; known: partition, "),
         ({"seeds": 0}, "seeds must be how many, from 1 on, .*; got 0"),
         ({"seeds": [1, 1]}, r"seeds must be .*; got \[1, 1\]"),
         ({"target": 90}, "target must be an accuracy above 0 and up to 1, such as 0.9; got 90"),
@@ -100,8 +105,6 @@ def test_a_recipe_that_will_not_do_is_refused_with_the_way_out(values, text):
     ],
 )
 def test_unknown_names_are_refused_before_anything_runs(settings, text, tmp_path):
-    from simulations import compare
-
     with pytest.raises(ConfigError, match=text):
         compare({"settings": settings}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -115,10 +118,25 @@ def test_a_file_that_cannot_be_read_or_is_no_toml_is_named(tmp_path):
         load_recipe(tmp_path / "bad.toml")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "out", "text"),
+    [
+        (3, "out", "a recipe is the path of a TOML file, or a mapping of the same form; got 3$"),
+        (None, "out", "a recipe is the path of a TOML file, .*; got None$"),
+        ({}, 3, "^out must be the path of a folder, got 3$"),
+        ({1: 2}, "out", "^unknown key 1; known: "),
+        ({"settings": {1: 2}}, "out", "^settings: unknown setting 1; known: "),
+    ],
+)
+def test_what_is_given_in_a_wrong_form_is_said_with_the_right_one(recipe, out, text):
+    with pytest.raises(ConfigError, match=text):
+        compare(recipe, out)
+
+
 def test_the_command_lines_words():
     assert parse_setting("rounds=5") == ("rounds", 5)
     assert parse_setting("head-start=true") == ("head-start", True)
-    assert parse_axis('blocks="1,3,5",5') == ("blocks", ["1,3,5", 5])
+    assert parse_axis('blocks="1,3,5",5') == ("blocks", ["1,3,5", "5"])
     assert parse_setting('data="my folder"') == ("data", "my folder")
     (one,) = recipe(settings=dict([parse_setting("blocks=3")])).variants()
     assert one.settings["blocks"] == "3"
@@ -134,12 +152,37 @@ def test_the_command_lines_words():
         (parse_axis, "rounds", "--vary takes KEY=VALUE,VALUE, got 'rounds'"),
         (parse_axis, "blocks=[1]", r"--vary blocks takes text, a number, .*; got \[1\]"),
         (parse_setting, "ruonds=5", "unknown setting ruonds; known: rounds, "),
+        (parse_seeds, "1,,2", "seeds must be how many, .*; got 1,,2$"),
+        (parse_seeds, "1,", "seeds must be how many, .*; got 1,$"),
         (parse_seeds, "three", "seeds must be how many, such as 3, or which, .*; got three"),
     ],
 )
 def test_words_that_say_nothing_are_refused(parse, text, message):
     with pytest.raises(ConfigError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "1", "true", "1e3", "2024-01-01"])
+def test_a_word_for_a_setting_of_text_is_text_whatever_else_it_looks_like(word):
+    for key in ("attack", "codec", "engine", "data", "blocks", "rule"):
+        assert parse_setting(f"{key}= {word}") == (key, word)
+        assert parse_axis(f"{key}={word},alie") == (key, [word, "alie"])
+    assert parse_setting('data="nan"') == ("data", "nan")
+    assert parse_setting("rounds=1") == ("rounds", 1)
+    asked = recipe(
+        settings=dict([parse_setting("hostile=0.5")]),
+        vary=dict([parse_axis("attack=nan,alie")]),
+    )
+    assert [one.adversity["attack"] for one in asked.variants()] == ["nan", "alie"]
+
+
+def test_settings_alone_are_a_recipe_of_one_run():
+    flat = recipe(**{"seed": 4, "rounds": 3, "run-dir": "runs/x", "attack": "nan", "hostile": 0.5})
+    assert flat == recipe(seeds=[4], settings={"rounds": 3, "attack": "nan", "hostile": 0.5})
+    (path,) = Path(simulations.__file__).parent.glob("recipes/cifar10.toml")
+    (one,) = load_recipe(path).variants()
+    assert one.settings["data"] == "cifar10" and one.settings["rounds"] == 10
+    assert one.name == "as set"
 
 
 def test_every_column_of_the_issue_is_there():
