@@ -32,6 +32,7 @@ from strategies.tokens import Tokens
 
 # Where a device that hung, or was lost, has told its own log why.
 _LOOK_THERE = "; logs/supernode.log in the device's state may say why"
+_DROPPED = "no reply: it was dropped on its way"
 _MOMENTS = f"{MessageType.QUERY}.moments"  # `query("moments")` of the ClientApp
 
 
@@ -286,9 +287,11 @@ class FleetStrategy(Strategy):
                 self._ledger.late += sorted(silent.values())
                 return
         self._silent = {*silent.values()} if self._grid.waits else set()
+        reason = _DROPPED  # where everyone answers at once, nothing else makes a client silent
+        if self._grid.waits:
+            reason = f"no reply within {self._config.round_timeout:g} s{_LOOK_THERE}"
         for name in silent.values():
-            reason = f"no reply within {self._config.round_timeout:g} s"
-            self._ledger.refuse(name, reason + (_LOOK_THERE if self._grid.waits else ""), phase)
+            self._ledger.refuse(name, reason, phase)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, phase: str = "") -> Iterator[None]:

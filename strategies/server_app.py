@@ -299,10 +299,9 @@ def _check_trained(reports: Iterable[RoundReport]) -> None:
     (reason, count), *_ = reasons.most_common(1) or [
         ("fewer updates than min-updates or quorum ask for", rounds)
     ]
-    raise UpdateError(
-        f"{what} in any of {rounds} rounds; "
-        f"{count} times the reason was: {reason.strip().splitlines()[-1]}"
-    )
+    when = "in the only round" if rounds == 1 else f"in any of {rounds} rounds"
+    times = "once" if count == 1 else f"{count} times"
+    raise UpdateError(f"{what} {when}; {times} the reason was: {reason.strip().splitlines()[-1]}")
 
 
 def _held_out(config: RunConfig) -> ImageData:

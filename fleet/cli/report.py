@@ -56,6 +56,7 @@ def command(
             )
         _report_comparison(run, output_format)
         return
+    _check_begun_comparison(run)
     record, beside = RunRecord(run), [RunRecord(path) for path in against]
     for each in (record, *beside):
         each.check_whole()  # what cannot be read is refused; what cannot be written is not
@@ -75,12 +76,25 @@ def command(
         show_run(record)
 
 
+def _check_begun_comparison(folder: Path) -> None:
+    if os.path.isfile(RunRecord(folder).config_path):
+        return
+    if os.path.isdir(folder / "runs") and os.path.isfile(folder / ".lock"):
+        raise ConfigError(
+            f"{folder} is the folder of a comparison that has no tables yet: none of its runs has "
+            f"ended, or it goes on; they are there once fleet compare ends or is stopped"
+        )
+
+
 def _report_comparison(folder: Path, output_format: str) -> None:
     # Here, not above: it brings a simulation's libraries, and its command brings this one.
     from fleet.cli.compare import show_comparison
     from simulations.compare import redraw
 
-    show_comparison(redraw(folder), output_format)
+    comparison = redraw(folder)
+    show_comparison(comparison, output_format)
+    if not any(row.runs for row in comparison.rows):
+        raise click.exceptions.Exit(1)
 
 
 def _print_tables(record: RunRecord, output_format: str) -> None:

@@ -511,12 +511,30 @@ def test_of_a_comparison_that_is_drawn_again_a_damaged_run_is_told(first, copy):
     assert result.exit_code == 0
     told = f"its run runs/{run.name} is damaged: rounds.jsonl is not as it was written"
     assert f"failed: codec=int8, seed 0: {told}" in result.output
+    assert "codec=float32" in result.output
+    shutil.rmtree(copy / "runs")
+    result = CliRunner().invoke(main, ["report", str(copy)])
+    assert result.exit_code == 1  # there is nothing left to report
+    assert result.output.count("failed: codec=") == 4 and " is missing" in result.output
     (copy / "cells.jsonl").write_text("[]\n")
     with pytest.raises(ConfigError, match=r"cells\.jsonl is damaged: .*; run the comparison again"):
         redraw(copy)
     (copy / "recipe.toml").unlink()
     with pytest.raises(ConfigError, match=r"holds no comparison: there is no recipe\.toml"):
         redraw(copy)
+
+
+def test_of_a_comparison_that_has_no_tables_yet_that_is_said(tmp_path):
+    from simulations.compare import _alone_in
+
+    folder = tmp_path / "out"
+    with _alone_in(folder):
+        result = CliRunner().invoke(main, ["report", str(folder)])
+    assert result.exit_code == 1
+    assert (
+        f"{folder} is the folder of a comparison that has no tables yet: none of its runs has "
+        f"ended, or it goes on; they are there once fleet compare ends or is stopped"
+    ) in result.output
 
 
 def test_the_recipe_in_the_folder_is_the_one_that_was_asked_for(first):

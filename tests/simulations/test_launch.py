@@ -285,7 +285,7 @@ def test_a_folder_does_not_take_the_place_of_a_built_in_name(tmp_path, monkeypat
 
 def test_a_run_in_which_nobody_could_train_is_no_success(tmp_path):
     settings = SMALL | {"batch-size": 1, "blocks": "1", "run-dir": str(tmp_path / "run")}
-    text = "no client's update was admitted in any of 1 rounds; 2 times .* a batch of one image"
+    text = "no client's update was admitted in the only round; 2 times .* a batch of one image"
     with pytest.raises(FleetError, match=text):
         simulate(settings)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -350,7 +350,7 @@ def test_lost_replies_are_silence_in_the_record_and_cost_no_bytes(tmp_path):
     assert 0 < sum(lost) < 16
     for report in rounds:
         assert len(report.clients) == 4 - len(report.refused)
-        assert all(reason == "no reply within 600 s" for reason in report.refused.values())
+        assert {*report.refused.values()} <= {"no reply: it was dropped on its way"}
     by_count = {len(report.clients): report.bytes_up for report in rounds}
     sizes = {count: by_count[count] / count for count in by_count if count}
     assert max(sizes.values()) - min(sizes.values()) < 16  # metrics differ in length

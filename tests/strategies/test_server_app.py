@@ -18,15 +18,15 @@ from clients.local_update import train_task
 from fleet.backbones import load_backbone
 from fleet.config import default_settings, read_config
 from fleet.data import load_data
-from fleet.errors import CANNOT_BEGIN, ConfigError, PlanError
+from fleet.errors import CANNOT_BEGIN, ConfigError, PlanError, UpdateError
 from fleet.evaluation import evaluate
 from fleet.plan import make_plan
-from fleet.records import RunRecord
+from fleet.records import RoundReport, RunRecord
 from fleet.remarks import Remarks, read_remarks
 from simulations.local_engine import run_local
 from strategies.fleet_strategy import FleetStrategy
 from strategies.prompt_grid import PromptGrid
-from strategies.server_app import _followed, run
+from strategies.server_app import _check_trained, _followed, run
 from strategies.server_app import app as server_app
 from strategies.server_opt import server_optimizer
 
@@ -377,3 +377,26 @@ def test_a_run_with_devices_has_log_and_remarks_in_its_folder_and_a_simulation_h
         log(INFO, "records go to %s", tmp_path)
     assert read_remarks(tmp_path / "run") == ()
     assert f"records go to {tmp_path}" in (tmp_path / "run" / "server.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("refused", "text"),
+    [
+        ([["late"]], "in the only round; once the reason was: late"),
+        ([["late", "late"]], "in the only round; 2 times the reason was: late"),
+        ([["late"], []], "in any of 2 rounds; once the reason was: late"),
+        ([[]], "in the only round; once the reason was: fewer updates than min-updates or quorum"),
+    ],
+)
+def test_a_run_that_moved_nothing_says_how_often_and_why(refused, text):
+    reports = [
+        RoundReport(
+            server_round=number,
+            accuracy=None,
+            loss=None,
+            refused={f"pi-{i}": reason for i, reason in enumerate(reasons)},
+        )
+        for number, reasons in enumerate(refused, start=1)
+    ]
+    with pytest.raises(UpdateError, match=f"no client's update was admitted {text}"):
+        _check_trained(reports)
