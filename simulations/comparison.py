@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleet.errors import ConfigError
 from fleet.records import RunRecord, summarise, to_json
-from fleet.report import Grid, Outcome, as_markdown, spreadsheet_cell, write_comparison
+from fleet.report import Grid, Outcome, as_html, as_markdown, spreadsheet_cell, write_comparison
 from fleet.report.frame import frame
 from fleet.report.rounds import MIB
 from fleet.report.rows import Row
@@ -22,6 +22,7 @@ from simulations.recipe import Recipe, Variant
 if TYPE_CHECKING:
     import pandas
 
+DIFFERENCE = "difference, points"  # heading of a column that every table has
 RECIPE, CELLS = "recipe.toml", "cells.jsonl"  # what a comparison's folder is known by
 WRITTEN = (CELLS, RECIPE, "table.md", "table.csv", "report.html")  # anew each time; and pictures
 _POINT = 0.01  # below the reference's accuracy: the target where none is given
@@ -175,9 +176,14 @@ class Comparison:
         return self.recipe.columns or tuple(COLUMNS)
 
     def table(self) -> Grid:
-        """A line a row: mean ± half of the 95 % interval, and the paired difference in accuracy."""
+        """A line a row: mean ± half of the 95 % interval, and the paired difference in accuracy.
+
+        The difference comes right behind the accuracy, where a narrow screen has it too.
+        """
         values, columns = self.values, self.columns
         headings = [COLUMNS[name].heading for name in columns]
+        place = columns.index("accuracy") + 1 if "accuracy" in columns else 0
+        headings.insert(place, DIFFERENCE)
         lines = []
         for number, row in enumerate(self.rows):
             cells = [_cell(values[number][name], COLUMNS[name]) for name in columns]
@@ -191,7 +197,8 @@ class Comparison:
                 )
             all_seeds = len(row.runs) + len(row.failed)
             seeds = f"{len(row.runs)} of {all_seeds}" if row.failed else str(all_seeds)
-            lines.append((row.variant.name, seeds, *cells, difference))
+            cells.insert(place, difference)
+            lines.append((row.variant.name, seeds, *cells))
         note = (
             "Mean over seeds ± half of its 95 % interval (Student's t). Difference: in accuracy, "
             f"to the first row{self._within()}, seed by seed."
@@ -201,13 +208,12 @@ class Comparison:
                 f" Target: {self._target_in_words()}; over the seeds that reach it, and how many "
                 f"these are where not all do."
             )
-        return Grid(
-            self.recipe.title,
-            ("row", "seeds", *headings, "difference, points"),
-            lines,
-            note,
-            named=True,
-        )
+        note += self._without_reference()
+        return Grid(self.recipe.title, ("row", "seeds", *headings), lines, note, named=True)
+
+    def _repr_html_(self) -> str:
+        """The table, where a notebook's cell ends in a comparison."""
+        return as_html(self.table())
 
     def frame(self) -> "pandas.DataFrame":
         """A pandas frame of all rounds: a line a row, seed and round, which are its index.
@@ -237,7 +243,7 @@ class Comparison:
             lines = [to_json(cell) + "\n" for cell in self.cells()]
             (self.folder / CELLS).write_text("".join(lines))
             (self.folder / RECIPE).write_text(self.recipe.as_toml())
-            (self.folder / "table.md").write_text(as_markdown(table))
+            (self.folder / "table.md").write_text(self._markdown(table))
             (self.folder / "table.csv").write_text(self._csv())
         except OSError as error:
             raise ConfigError(
@@ -285,6 +291,17 @@ class Comparison:
                 cells.append(facts)
         return cells
 
+    def _markdown(self, table: Grid) -> str:
+        """The table, and below it why rows have fewer runs than seeds: the first reason of each."""
+        failed = [
+            (row.variant.name, ", ".join(map(str, sorted(row.failed))), row.failed[min(row.failed)])
+            for row in self.rows
+            if row.failed
+        ]
+        lines = [(name, seeds, reason) for name, seeds, (reason, _) in failed]
+        below = Grid("Failed", ("row", "seeds", "first reason"), lines, named=True)
+        return as_markdown(table) + ("\n" + as_markdown(below) if lines else "")
+
     def _csv(self) -> str:
         """Mean and difference of every column, in its heading's unit, and half of their intervals.
 
@@ -316,6 +333,17 @@ class Comparison:
         """The first row that this one is held against."""
         group = self.rows[number].variant.group
         return next(i for i, row in enumerate(self.rows) if row.variant.group == group)
+
+    def _without_reference(self) -> str:
+        """What the note says of first rows that have no run, and of those held against them."""
+        held = {self._reference(n) for n in range(len(self.rows)) if self._reference(n) != n}
+        lost = [self.rows[n].variant.name for n in sorted(held) if not self.rows[n].runs]
+        if not lost:
+            return ""
+        what = "no difference"
+        if self.recipe.target is None and {"rounds-to-target", "bytes-to-target"} & {*self.columns}:
+            what = "neither difference nor target"
+        return f" No run of {' or '.join(lost)} ended well: rows held against it have {what}."
 
     def _target(self, reference: Iterable[Facts]) -> float:
         if self.recipe.target is not None:

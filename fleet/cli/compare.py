@@ -146,9 +146,12 @@ def show_comparison(comparison: Any, output_format: str) -> None:
 
 
 def _fitting(table: Grid, console: Console) -> Grid:
-    """The table with as many columns as the console has room for, the last of them kept."""
+    """The table with as many columns as the console has room for; accuracy is kept longest."""
+    # Here, not above: it brings a simulation's libraries.
+    from simulations.comparison import COLUMNS, DIFFERENCE
+
     columns, rows = list(table.columns), [list(row) for row in table.rows]
-    dropped = 0
+    kept, dropped = (COLUMNS["accuracy"].heading, DIFFERENCE), 0
     while len(columns) > 4:
         widths = [
             max(map(len, cells))
@@ -157,8 +160,9 @@ def _fitting(table: Grid, console: Console) -> Grid:
         if sum(widths) + len(widths) + _NAME <= console.width:
             break
         dropped += 1
+        others = [n for n, name in enumerate(columns) if n > 1 and name not in kept]
         for cells in (columns, *rows):
-            del cells[-2]
+            del cells[others[-1]]
     more = f" {dropped} more columns are in table.md." if dropped else ""
     return replace(
         table, columns=tuple(columns), rows=[tuple(row) for row in rows], note=table.note + more
