@@ -293,12 +293,11 @@ class Comparison:
 
     def _markdown(self, table: Grid) -> str:
         """The table, and below it why rows have fewer runs than seeds: the first reason of each."""
-        failed = [
-            (row.variant.name, ", ".join(map(str, sorted(row.failed))), row.failed[min(row.failed)])
-            for row in self.rows
-            if row.failed
-        ]
-        lines = [(name, seeds, reason) for name, seeds, (reason, _) in failed]
+        lines = []
+        for row in self.rows:
+            if row.failed:
+                first, *_ = seeds = sorted(row.failed)
+                lines.append((row.variant.name, ", ".join(map(str, seeds)), row.failed[first][0]))
         below = Grid("Failed", ("row", "seeds", "first reason"), lines, named=True)
         return as_markdown(table) + ("\n" + as_markdown(below) if lines else "")
 

@@ -77,6 +77,7 @@ def command(
 
 
 def _check_begun_comparison(folder: Path) -> None:
+    """Refuse the folder of a comparison that has written nothing but runs."""
     if os.path.isfile(RunRecord(folder).config_path):
         return
     if os.path.isdir(folder / "runs") and os.path.isfile(folder / ".lock"):
