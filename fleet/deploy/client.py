@@ -34,6 +34,7 @@ from fleet.deploy.trust import REFUSES, read_trusted
 from fleet.device_files import dead_links, image_folder, told_of_links
 from fleet.errors import ConfigError
 from fleet.node_settings import check_node_settings
+from fleet.paths import expanded
 
 SUPERNODE = "supernode"
 
@@ -286,4 +287,4 @@ class Watchdog:
 def state_folder(state: Path | None) -> Path:
     """Where a device keeps everything: what is named, else $FLEET_STATE, else the user's own."""
     where = state or Path(os.environ.get("FLEET_STATE") or "~/.local/state/fleet")
-    return where.expanduser().absolute()
+    return expanded(where, "state").absolute()

@@ -21,9 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.supercore.date import now
-from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
-from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import select, update
 
 REMEMBERED_SECONDS = 900.0  # in which who was not answered asks again
@@ -94,6 +91,8 @@ class RunDeliveries(_Deliveries):
 
     def confirm_message_received(self, request: Any, state: Any, task: Any) -> Any:
         """As Flower's; the reply and what it answers go now, rather than as they are told of."""
+        from flwr.supercore.state.schema.linkstate_models import MessageRes
+
         answer = self._flowers["confirm_message_received"](request, state, task)
         with state.session() as session:
             message_id = session.scalar(
@@ -113,6 +112,8 @@ class _Keeping:
         self._state = state
 
     def delete_messages(self, message_ins_ids: set[str]) -> None:
+        from flwr.supercore.state.schema.linkstate_models import MessageRes
+
         with self._state.session() as session:
             replied = session.scalars(
                 select(MessageRes.reply_to_message_id).where(
@@ -130,6 +131,8 @@ def _take_back_replies(message_ids: Iterable[str], state: Any) -> None:
 
     What a run has fetched leaves the store.
     """
+    from flwr.supercore.state.schema.linkstate_models import MessageRes
+
     handed_out = select(MessageRes.message_id).where(
         MessageRes.reply_to_message_id.in_(list(message_ids)), MessageRes.delivered_at != ""
     )
@@ -147,6 +150,10 @@ def _take_back(node_id: int, state: Any, store: Any) -> bool:
     What a node says it has leaves the store. An error may be replied without having fetched
     what it answers.
     """
+    from flwr.supercore.date import now
+    from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+    from flwr.supercore.utils import uint64_to_int64
+
     handed_out = (
         select(MessageIns.message_id)
         .where(
