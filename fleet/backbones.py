@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -253,7 +254,7 @@ def resolve(name: str) -> tuple[str, str]:
     Raises:
         ConfigError: if neither knows it.
     """
-    with importing():
+    with importing(), _without_wandb():
         import timm
         import torchvision
 
@@ -271,6 +272,22 @@ def resolve(name: str) -> tuple[str, str]:
         f"unknown backbone {name}; examples: efficientnet_lite0, mobilenet_v2, mobilenet_v3_large, "
         f"mnasnet1_0, efficientnet_b0 (torchvision), mobilenetv4_conv_small, fbnetc_100 (timm)"
     )
+
+
+@contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Hide Weights & Biases, where it is installed and nobody has imported it.
+
+    timm imports it for its training script alone: a third of a second.
+    """
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # importing it raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 def _build(library: str, model_name: str, pretrained: bool) -> nn.Module:

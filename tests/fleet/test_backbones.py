@@ -1,7 +1,9 @@
 """Backbones: what is loaded, what is refused, and what the weights digest stands for."""
 
 import dataclasses
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torchvision import models
 
 from fleet.backbones import (
     Preprocessing,
+    _without_wandb,
     backbone_of,
     load_backbone,
     loaded_once,
@@ -277,3 +280,16 @@ def test_within_loaded_once_a_backbone_is_read_once_and_copies_share_nothing(tmp
             parameter.fill_(float("nan"))
     with pytest.raises(ConfigError, match="no weights file"):
         backbone_of(*asked)  # read anew afterwards
+
+
+def test_while_timm_is_imported_there_is_no_wandb_and_afterwards_there_is(monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("found = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with _without_wandb(), pytest.raises(ImportError):
+        importlib.import_module("wandb")
+    wandb = importlib.import_module("wandb")
+    assert wandb.found
+    with _without_wandb():  # somebody uses it
+        assert importlib.import_module("wandb") is wandb
+    assert sys.modules.pop("wandb") is wandb
