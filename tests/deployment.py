@@ -219,6 +219,15 @@ def begin_run(
     return RunRecord(server.runs_path / name)
 
 
+def start_client(processes: Processes, provisioner: Provisioner, name: str) -> None:
+    """A device's client, on the images that `write_digits` made for it, without a budget."""
+    folder = processes.folder
+    processes.fleet(
+        *(name, "client", "--bundle", provisioner.out / name, "--budget-mib", "off"),
+        *("--data", folder / f"{name}-images", "--state", folder / name),
+    )
+
+
 def wait_for_keys(processes: Processes, server: str, devices: Iterable[str]) -> None:
     """Until the server knows the devices' keys: one that asks before that starts all over."""
     processes.wait(

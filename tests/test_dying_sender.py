@@ -23,6 +23,7 @@ from tests.deployment import (
     lead_through,
     processes_in_a_folder,
     rounds_on_record,
+    start_client,
     write_digits,
 )
 from tests.stalling_relay import StallingRelay, stalling_relay
@@ -103,11 +104,3 @@ def live(processes: Processes, port: int, relay: StallingRelay) -> list[RoundRep
             start_client(processes, provisioner, LOST)
     processes.finish("run", RUN_SECONDS)
     return list(record.rounds())
-
-
-def start_client(processes: Processes, provisioner: Provisioner, name: str) -> None:
-    folder = processes.folder
-    processes.fleet(
-        *(name, "client", "--bundle", provisioner.out / name, "--budget-mib", "off"),
-        *("--data", folder / f"{name}-images", "--state", folder / name),
-    )

@@ -23,6 +23,7 @@ from tests.deployment import (
     free_ports,
     processes_in_a_folder,
     rounds_on_record,
+    start_client,
     superlink_of,
     wait_for_keys,
     write_digits,
@@ -69,10 +70,7 @@ def live(processes: Processes) -> tuple[RunRecord, str, int]:
     processes.fleet("server", "server", "--dir", provisioner.server.path, "--host", HOST)
     wait_for_keys(processes, "server", DEVICES)
     for name in DEVICES:
-        processes.fleet(
-            *(name, "client", "--bundle", provisioner.bundle_path(name), "--budget-mib", "off"),
-            *("--data", folder / f"{name}-images", "--state", folder / name),
-        )
+        start_client(processes, provisioner, name)
     record = begin_run(processes, provisioner.server, "first", SETTINGS)
     processes.wait("round 0", lambda: rounds_on_record(record) > 0, RUN_SECONDS)
     moments, kills = random.Random(0), 0

@@ -74,7 +74,7 @@ class DeviceDeliveries(_Deliveries):
         it does not ask for the next, unless it never got it or was started anew.
         """
         answer = self._flowers["pull_messages"](request, state, store)
-        if not answer.messages_list and _take_back(request.node.node_id, state, store):
+        if not answer.messages_list and _take_back_message(request.node.node_id, state, store):
             answer = self._flowers["pull_messages"](request, state, store)
         return answer
 
@@ -144,7 +144,7 @@ def _take_back_replies(message_ids: Iterable[str], state: Any) -> None:
             )
 
 
-def _take_back(node_id: int, state: Any, store: Any) -> bool:
+def _take_back_message(node_id: int, state: Any, store: Any) -> bool:
     """Let the oldest message that a node was handed, and never had, be handed out again.
 
     What a node says it has leaves the store. An error may be replied without having fetched
