@@ -59,7 +59,7 @@ def test_every_round_has_the_updates_of_all(run):
 
 def test_the_run_is_never_lost(run):
     _, log, _ = run
-    assert log.count("run first is submitted") == 1 and "was lost" not in log
+    assert log.count("run first is submitted") == 1 and "was lost" not in log, log
 
 
 def live(processes: Processes) -> tuple[RunRecord, str, int]:
