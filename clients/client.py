@@ -1,7 +1,8 @@
 """Who a client is, and what of the run's settings its device decides itself."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clients.memory import ClientMemory, state_directory
@@ -24,11 +25,13 @@ class Client:
             `fleet.node_settings` are its own; `partition-id` and `num-partitions` come from a
             simulation.
         config: the run's.
+        began: when its message had come, in seconds of `time.monotonic`.
     """
 
     name: str
     node_config: Mapping[str, Value]
     config: RunConfig
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
     def of(cls, node_id: int, node_config: Mapping[str, Value], config: RunConfig) -> "Client":
