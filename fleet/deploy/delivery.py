@@ -12,19 +12,28 @@ by that
   is told that there is nothing to send.
 
 Here whoever asks again is told what they would have been told the first time. What that was
-is read from Flower's own tables, so that it is known to a server that was started anew.
+is read from Flower's own tables, so that it is known to a server that was started anew. They
+do not tell which parts were stored of what has been fetched since: one table beside them does.
 """
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Column, Float, MetaData, String, Table, delete, select, update
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 REMEMBERED_SECONDS = 900.0  # in which who was not answered asks again
-_MOST = 20_000  # parts; the oldest is forgotten first
+
+_STORED = Table(
+    "fleet_stored_objects",
+    MetaData(),
+    Column("session_id", String, primary_key=True),
+    Column("object_id", String, primary_key=True),
+    Column("forget_at", Float, index=True),  # seconds since the epoch
+)
 
 
 class _Deliveries:
@@ -32,15 +41,16 @@ class _Deliveries:
 
     Args:
         handlers: the module, or what has its functions.
-        clock: seconds that pass.
+        clock: seconds since the epoch.
     """
 
     names: tuple[str, ...]  # of the functions
 
-    def __init__(self, handlers: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, handlers: Any, clock: Callable[[], float] = time.time) -> None:
         self._flowers = {name: getattr(handlers, name) for name in self.names}
+        self._clock = clock
         self._lock = threading.Lock()  # the server answers in many threads
-        self._stored = _Recent(clock)  # (session, id of an object)
+        self._has_table = False
 
     def install(self, handlers: Any) -> None:
         """Put these in place of a module's functions, which its callers look up each time."""
@@ -49,17 +59,36 @@ class _Deliveries:
 
     def push_object(self, request: Any, state: Any, *task: Any) -> Any:
         """As Flower's; a part that was stored before is stored."""
-        answer = self._flowers["push_object"](request, state, *task)
-        key = (request.session_id, request.object_id)
-        with self._lock:
+        self._make_table(state)
+        part = {"session_id": request.session_id, "object_id": request.object_id}
+        with state.session() as session:  # one transaction: that it is stored, and known to be
+            answer = self._flowers["push_object"](request, state, *task)
             if answer.stored:
-                self._stored.add(key, True)
+                self._remember(part, session)
                 return answer
+            session.rollback()  # Flower ends its own where a part of it went wrong
+        with state.session() as session:
             # It may have been fetched since, and the store let it go.
-            answer.stored = bool(self._stored.get(key))
-        if not answer.stored:  # an id is the hash of what it names
-            answer.stored = bool(state.object_store.get(request.object_id))
+            known = session.execute(select(_STORED).filter_by(**part)).first() is not None
+        # An id is the hash of what it names.
+        answer.stored = known or bool(state.object_store.get(request.object_id))
         return answer
+
+    def _make_table(self, state: Any) -> None:
+        with self._lock:
+            if self._has_table:
+                return
+            with state.session() as session:
+                session.execute(CreateTable(_STORED, if_not_exists=True))
+                for index in _STORED.indexes:
+                    session.execute(CreateIndex(index, if_not_exists=True))
+            self._has_table = True
+
+    def _remember(self, part: dict[str, str], session: Any) -> None:
+        now = self._clock()
+        session.execute(delete(_STORED).where(_STORED.c.forget_at < now))
+        row = part | {"forget_at": now + REMEMBERED_SECONDS}
+        session.execute(insert(_STORED).values(row).on_conflict_do_nothing())
 
 
 class DeviceDeliveries(_Deliveries):
@@ -176,30 +205,3 @@ def _take_back_message(node_id: int, state: Any, store: Any) -> bool:
                 )
                 return True
     return False
-
-
-class _Recent:
-    """What was answered of late, and no more of it than memory is to hold."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._answers: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
-
-    def get(self, key: Any) -> Any:
-        """None if nothing was answered, or too long ago."""
-        self._forget()
-        return self._answers.get(key, (0.0, None))[1]
-
-    def add(self, key: Any, answer: Any) -> None:
-        """Remember an answer from now on."""
-        self._answers[key] = (self._clock() + REMEMBERED_SECONDS, answer)
-        self._answers.move_to_end(key)
-        self._forget()
-
-    def _forget(self) -> None:
-        now = self._clock()
-        while self._answers:
-            until, _ = next(iter(self._answers.values()))
-            if until > now and len(self._answers) <= _MOST:
-                break
-            self._answers.popitem(last=False)
