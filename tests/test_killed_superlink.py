@@ -1,8 +1,10 @@
 """A SuperLink that is killed again and again, at any moment of a run: no update is lost.
 
-What it had answered as it was killed, and nobody heard, is asked for again.
+What it had answered as it was killed, and nobody heard, is asked for again. Once it is away for
+longer than Flower waits for a sign of the run's process.
 """
 
+import contextlib
 import random
 import time
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ from tests.deployment import (
 DEVICES = ("pi-01", "pi-02")
 SETTINGS = SMALL_RUN | {"rounds": 10, "min-clients": 2, "round-timeout": 90}
 RUN_SECONDS = 900
+AWAY_SECONDS = 75.0
 MOST_SECONDS = 10.0  # from a round's end to the next kill: somewhat longer than a round
 
 pytestmark = pytest.mark.slow
@@ -73,6 +76,8 @@ def live(processes: Processes) -> tuple[RunRecord, str, int]:
         start_client(processes, provisioner, name)
     record = begin_run(processes, provisioner.server, "first", SETTINGS)
     processes.wait("round 0", lambda: rounds_on_record(record) > 0, RUN_SECONDS)
+    keep_away(processes)
+    await_a_round(processes, provisioner, port, record)
     moments, kills = random.Random(0), 0
     while not has_ended(processes):
         time.sleep(moments.uniform(0.0, MOST_SECONDS))
@@ -83,6 +88,15 @@ def live(processes: Processes) -> tuple[RunRecord, str, int]:
         await_a_round(processes, provisioner, port, record)
     processes.finish("run", RUN_SECONDS)
     return record, processes.log("server"), kills
+
+
+def keep_away(processes: Processes) -> None:
+    """Kill each SuperLink that is started, for a while."""
+    deadline = time.monotonic() + AWAY_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError):  # there is none
+            superlink_of(processes).kill()
+        time.sleep(1.0)
 
 
 def has_ended(processes: Processes) -> bool:

@@ -18,8 +18,12 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import replace
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
+
+import psutil
+from sqlalchemy import select, update
 
 from fleet.deploy.addresses import is_loopback
 from fleet.deploy.flower_process import end_with_parent
@@ -181,6 +185,35 @@ class _SigningState:
         return self._state.store_app(fab=replace(fab, verifications=signatures), **others)
 
 
+def renew_claims(linkstate: Any) -> None:
+    """Count from now on for how long nothing was heard of a task whose process lives.
+
+    While no SuperLink was there, nothing could be heard: a task that runs well would be taken
+    for dead by the first who asks for anything.
+
+    Args:
+        linkstate: Flower's, of a SuperLink that is about to serve.
+    """
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+    from flwr.supercore.date import now
+    from flwr.supercore.state.schema.corestate_models import Task
+
+    patience = timedelta(seconds=HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
+    with linkstate.session() as session:
+        of_running = select(Task.token).where(
+            Task.token.is_not(None), Task.running_at.is_not(None), Task.finished_at.is_(None)
+        )
+        if tokens := set(session.scalars(of_running)) & _words_of_processes():
+            alive = update(Task).where(Task.token.in_(tokens))
+            session.execute(alive.values(active_until=now() + patience))
+
+
+def _words_of_processes() -> set[str]:
+    """Of all command lines on this machine: Flower gives a task's process its token there."""
+    lines = (process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"]))
+    return {word for line in lines for word in line}
+
+
 def main() -> None:
     """Run the SuperLink until it is told to end, or its parent is gone."""
     end_with_parent()
@@ -203,7 +236,13 @@ def main() -> None:
     RunDeliveries(runtime_handlers).install(runtime_handlers)
     keep_signatures(control_handlers)
     config = _parse_superlink_lifespan_config()
-    app = create_app(config, SuperLinkLifespan)
+
+    class Lifespan(SuperLinkLifespan):
+        def startup(self) -> None:
+            super().startup()
+            renew_claims(self.state_factory.state())
+
+    app = create_app(config, Lifespan)
     _add_status_route(app)
     try:
         sockets = listening_sockets(config.host, config.port)

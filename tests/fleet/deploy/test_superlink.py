@@ -2,10 +2,18 @@ import asyncio
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 import threading
+from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.date import now
+from flwr.supercore.state.schema.corestate_models import Task
+from sqlalchemy import update
 
 from fleet.deploy.app_bundle import build_app
 from fleet.deploy.superlink import (
@@ -15,6 +23,7 @@ from fleet.deploy.superlink import (
     keep_signatures,
     listening_sockets,
     may_pass,
+    renew_claims,
 )
 
 OUTSIDE, LOOPBACK = ("192.168.1.77", 40000), ("127.0.0.1", 40000)
@@ -188,3 +197,45 @@ def test_flowers_own_handler_drops_signatures(submit):
 def test_a_flower_that_starts_runs_elsewhere_is_not_served():
     with pytest.raises(AttributeError, match="start_run"):
         keep_signatures(SimpleNamespace())
+
+
+@pytest.fixture
+def silent(linkstate):
+    """Ids and tokens of two tasks that run, of which nothing was heard for an hour."""
+    tasks = []
+    for _ in range(2):
+        run = linkstate.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP
+        )
+        (info,) = linkstate.get_run_info(run_ids=[run])
+        tasks.append((info.primary_task_id, linkstate.claim_task(info.primary_task_id)))
+        assert linkstate.activate_task(info.primary_task_id)
+    with linkstate.session() as session:
+        session.execute(update(Task).values(active_until=now() - timedelta(hours=1)))
+    return tasks
+
+
+@contextmanager
+def process_of(token):
+    command = [sys.executable, "-c", "input()", "--token", token]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        yield
+        process.communicate(b"\n")
+
+
+def test_a_task_whose_process_lives_is_not_dead_for_what_no_superlink_could_hear(linkstate, silent):
+    (lives, its_token), (dead, _) = silent
+    with process_of(its_token):
+        renew_claims(linkstate)
+    assert linkstate.acknowledge_task_heartbeat(lives)
+    assert not linkstate.acknowledge_task_heartbeat(dead)
+    (task,) = linkstate.get_tasks(task_ids=[dead])
+    assert task.status.details == "No heartbeat received from the task"
+
+
+def test_a_task_that_was_taken_for_dead_stays_so(linkstate, silent):
+    (dead, its_token), _ = silent
+    assert not linkstate.acknowledge_task_heartbeat(dead)
+    with process_of(its_token):
+        renew_claims(linkstate)
+    assert not linkstate.acknowledge_task_heartbeat(dead)
