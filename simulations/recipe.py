@@ -320,7 +320,7 @@ def _axis(key: str, choices: Any) -> tuple[Value, ...]:
     for i, choice in enumerate(choices):
         if not isinstance(choice, Value):
             raise ConfigError(f"vary: {key} has {choice!r}; each must be text, a number or a bool")
-        if choice in choices[:i]:
+        if _word(choice) in map(_word, choices[:i]):
             raise ConfigError(f"vary: {key} has {_word(choice)} twice; leave one out")
     return tuple(choices)
 

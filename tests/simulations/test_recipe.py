@@ -70,6 +70,7 @@ def test_what_only_a_simulation_has_is_no_setting_of_the_run():
         ({"target": 90}, "target must be an accuracy above 0 and up to 1, such as 0.9; got 90"),
         ({"vary": {"blocks": "1"}}, "vary: blocks must be a list of values, got '1'"),
         ({"vary": {"blocks": ["1", "1"]}}, "vary: blocks has 1 twice; leave one out"),
+        ({"vary": {"blocks": ["1", 1]}}, "vary: blocks has 1 twice; leave one out"),
         ({"rows": [{"strategy": "fedavg"}]}, "row 1 needs a name, which is text; got None"),
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "two rows are named a; rename one"),
         (
