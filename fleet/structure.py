@@ -198,7 +198,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0):
         return
-    elif next(module.children(), None) is None or next(module.parameters(False), None) is not None:
+    elif _is_leaf(module) or next(module.parameters(False), None) is not None:
         yield module
     else:
         for child in module.children():
@@ -207,6 +207,8 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_squeeze_excite(module: nn.Module) -> bool:
     """Two pointwise convs and nothing that normalises: a gate from pooled features."""
+    if _is_leaf(module):
+        return False
     parts = _parts(module)
     convs = [m for m in parts if isinstance(m, nn.Conv2d)]
     return (
@@ -237,7 +239,11 @@ def excitation(module: nn.Module, means: Tensor) -> Tensor:
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if not list(m.children())]
+    return [m for m in module.modules() if _is_leaf(m)]
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def _parse_units(leaves: list[nn.Module]) -> tuple[Unit, ...] | None:

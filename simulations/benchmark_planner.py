@@ -83,7 +83,7 @@ def measure(backbone: Backbone, plan: UpdatePlan, stash: str, batch_size: int, c
     with allocator_peak() as peak:
         for _ in range(2):
             if kept is None:  # decoding an image makes a tensor, which the copy stands for
-                x = run_in_parts(model, batch_size, lambda part: pixels[part].clone())
+                x = run_in_parts(model.features, batch_size, lambda part: pixels[part].clone())
             else:
                 x = kept.clone()
             take_step(model, optimizer, x, labels)

@@ -111,7 +111,9 @@ class FeatureSource:
     ) -> Tensor:
         if cache is None:
             return run_in_parts(
-                self._model, len(positions), lambda part: self._images(positions[part], views)
+                self._model.features,
+                len(positions),
+                lambda part: self._images(positions[part], views),
             )
         ids = [self._row_id(int(position), int(views[position])) for position in positions]
         x, found = cache.read(ids)
@@ -171,19 +173,22 @@ class FeatureSource:
         return features_key(self._model, self._preprocessing)
 
 
-def run_in_parts(model: TransferModel, length: int, images: Callable[[slice], Tensor]) -> Tensor:
+def run_in_parts(
+    features: Callable[[Tensor], Tensor], length: int, images: Callable[[slice], Tensor]
+) -> Tensor:
     """A batch's features, its images asked for a couple at a time.
 
     Args:
+        features: as `TransferModel.features`.
         length: N, images in the batch.
         images: a part of the batch → its images (n, 3, S, S).
 
     Returns:
-        (N, …) as `model.features` gives them.
+        (N, …) as `features` gives them.
     """
     made = None
     for part in chunks(length, MICRO_BATCH):
-        y = model.features(images(part))
+        y = features(images(part))
         made = room(y, length) if made is None else made
         made[part] = y
     return made

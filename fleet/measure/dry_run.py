@@ -84,8 +84,8 @@ def dry_run(
     twin = weightless(backbone)
     model = TransferModel(twin, plan, stash, cut)
     cached = cached and model.freezes_blocks
-    with _Ledger([]):  # one that nobody asks
-        like = _run_images(model, 1) if cached else None
+    with _Ledger([]) as unasked:
+        like = _run_images(model, 1, unasked) if cached else None
     labels = torch.empty(batch_size, dtype=torch.long, device="meta")
     there = [labels, *twin.model.parameters(), *twin.model.buffers()]
     with _Ledger(there) as ledger:
@@ -102,7 +102,7 @@ def dry_run(
         optimizer.step()  # makes the buffers
         ledger.highest, ledger.total = 0, 0
         ledger.phase = "the frozen part"
-        x = room(like, batch_size) if cached else _run_images(model, batch_size)
+        x = room(like, batch_size) if cached else _run_images(model, batch_size, ledger)
         flops_prefix = ledger.total
         ledger.phase = "forward"
         with saved_for_backward(exclude=[x, *there]) as saved:
@@ -129,15 +129,30 @@ def _targets(model: TransferModel) -> list[Tensor | None]:
     return [torch.empty_like(p.detach()) if name in travels else None for name, p in named]
 
 
-def _run_images(model: TransferModel, batch_size: int) -> Tensor:
-    """Features as `FeatureSource` makes them of a batch of images."""
+def _run_images(model: TransferModel, batch_size: int, ledger: "_Ledger") -> Tensor:
+    """Features as `FeatureSource` makes them of a batch of images.
+
+    Beside the second couple of images there is room for the whole batch; those that follow
+    need no more, and are counted without being run.
+    """
     size = model.backbone.preprocessing.image_size
+    runs, y, flops = 0, None, 0  # of the latest couple that was run
+
+    def features(x: Tensor) -> Tensor:
+        nonlocal runs, y, flops
+        if runs < 2 or len(x) != len(y):
+            before = ledger.total
+            y = model.features(x)
+            runs, flops = runs + 1, ledger.total - before
+        else:
+            ledger.total += flops
+        return y
 
     def images(part: slice) -> Tensor:
         shape = (part.stop - part.start, 3, size, size)
         return torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
 
-    return run_in_parts(model, batch_size, images)
+    return run_in_parts(features, batch_size, images)
 
 
 def weightless(backbone: Backbone) -> Backbone:

@@ -109,7 +109,7 @@ class Subject:
         """(N, …) what `from_features` takes, in memory of its own."""
         if self._features is not None:
             return self._features.clone()
-        return run_in_parts(self.model, self.setup.batch_size, self._decoded)
+        return run_in_parts(self.model.features, self.setup.batch_size, self._decoded)
 
     def _decoded(self, part: slice) -> Tensor:
         images = self._images[: part.stop - part.start]

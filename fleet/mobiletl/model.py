@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -11,7 +12,7 @@ from torch import Tensor
 from fleet.backbones import Backbone
 from fleet.errors import PlanError, UpdateError
 from fleet.mobiletl.blocks import parameters_of, part_forward
-from fleet.mobiletl.frozen import frozen_tail, run_frozen
+from fleet.mobiletl.frozen import Part, frozen_tail, run_frozen
 from fleet.mobiletl.inverted_residual import fits, inverted_residual
 from fleet.mobiletl.prefix import run_prefix
 from fleet.mobiletl.stash import check_stash
@@ -77,7 +78,6 @@ class TransferModel(nn.Module):
             )
         self.frozen_steps = backbone.steps[: self.cut]
         self._trained = backbone.steps[first:]
-        self._above_cut = tuple(parts_of(backbone.steps[self.cut :]))
         self._prefix = tuple(parts_of(self.frozen_steps))
         self._between = tuple(parts_of(backbone.steps[self.cut : first]))
         self.train()
@@ -161,6 +161,10 @@ class TransferModel(nn.Module):
         """Name → parameter, of the plan, in the order of the model."""
         trained = self.plan.trained
         return {name: p for name, p in self.model.named_parameters() if name in trained}
+
+    @cached_property
+    def _above_cut(self) -> tuple[Part, ...]:
+        return tuple(parts_of(self.backbone.steps[self.cut :]))
 
     def _eval_from_features(self, x: Tensor) -> Tensor:
         return run_frozen(self._above_cut, x.clone())  # it works in place

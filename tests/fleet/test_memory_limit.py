@@ -139,7 +139,7 @@ def _main(method, allowance_mib=None):
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     losses = []
     for _ in range(STEPS):
-        x = run_in_parts(model, BATCH_SIZE, decoded)
+        x = run_in_parts(model.features, BATCH_SIZE, decoded)
         losses.append(take_step(model, optimizer, x, labels))
         del x
     names = {p: name for name, p in model.model.named_parameters()}

@@ -251,10 +251,10 @@ def peak_of_training(backbone, found, cached):
     def decoded(part):
         return images[: part.stop - part.start].clone()
 
-    features = run_in_parts(model, n, decoded)
+    features = run_in_parts(model.features, n, decoded)
     with allocator_peak() as peak:
         for _ in range(2):
-            x = features.clone() if cached else run_in_parts(model, n, decoded)
+            x = features.clone() if cached else run_in_parts(model.features, n, decoded)
             take_step(model, optimizer, x, labels)
             del x
     return peak.bytes

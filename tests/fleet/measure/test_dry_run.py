@@ -108,7 +108,7 @@ def peak_of_training(backbone, plan, stash, batch_size, cached, **term):
             if cached and model.freezes_blocks:
                 x = features.clone()
             else:
-                x = run_in_parts(model, batch_size, lambda part: pixels[part].clone())
+                x = run_in_parts(model.features, batch_size, lambda part: pixels[part].clone())
             take_step(model, optimizer, x, labels)
             del x
     return peak.bytes
