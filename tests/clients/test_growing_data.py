@@ -15,6 +15,8 @@ from fleet.mobiletl import TransferModel
 from fleet.plan import make_plan
 from fleet.state import capture
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = {"backbone": "mobilenet_v3_small", "weights": "none", "image-size": 32, "local-epochs": 2}
 
 

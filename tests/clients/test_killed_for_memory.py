@@ -33,6 +33,8 @@ from fleet.plan import make_plan
 from fleet.state import capture
 from tests.forked import Forked
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 CLASSES = ("cat", "dog")
 BLOCKS = 11  # all of MobileNetV3-Small's
 

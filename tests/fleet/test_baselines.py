@@ -40,7 +40,7 @@ def after_a_step(model, x, labels):
 @pytest.mark.parametrize("method", ["full", "blocks"])
 def test_checkpointing_changes_nothing_but_what_is_kept(random_backbone, images, name, method):
     backbone = double(random_backbone(name))
-    x, labels = images().double(), torch.tensor([0, 1, 2, 3])
+    x, labels = images(size=32).double(), torch.tensor([0, 1, 2, 3])
     stock = contender(copy.deepcopy(backbone), method, 3)
     ours = contender(copy.deepcopy(backbone), f"{method}+checkpoint", 3)
     assert isinstance(ours, Checkpointed)
@@ -52,7 +52,7 @@ def test_checkpointing_changes_nothing_but_what_is_kept(random_backbone, images,
 
 @pytest.mark.parametrize("method", ["full", "blocks"])
 def test_checkpointed_logits_are_those_of_stock_autograd(random_backbone, images, method):
-    backbone, x = double(random_backbone("mobilenet_v2")), images().double()
+    backbone, x = double(random_backbone("mobilenet_v2")), images(size=32).double()
     logits = [
         contender(copy.deepcopy(backbone), name, 3)(x) for name in (method, f"{method}+checkpoint")
     ]
@@ -81,7 +81,7 @@ def kept(model, x):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_accumulated_gradients_are_the_whole_batch_s(random_backbone, images, name, number):
     backbone = double(random_backbone(name))
-    x, labels = images(number).double(), torch.arange(number) % 5
+    x, labels = images(number, 32).double(), torch.arange(number) % 5
     ours = contender(copy.deepcopy(backbone), "blocks+frozen-norms", 2)
     assert isinstance(ours, FrozenNorms)
     loss = ours.gradients(ours.features(x), labels)

@@ -179,7 +179,7 @@ def test_executorch_runs_the_program(case, tmp_path, monkeypatch):
     runtime = pytest.importorskip(
         "executorch.runtime", reason="executorch is not installed: pip install '.[executorch]'"
     )
-    if isinstance(case.source, TrainedModel):  # `small`
+    if case.facts is not FACTS:
         # Half of its time goes into lowering samples of what no backbone has, to find it by.
         patterns = "executorch.backends.xnnpack.partition.graphs"
         monkeypatch.setattr(f"{patterns}.sdpa.get_graphs", list)

@@ -77,7 +77,7 @@ def test_digits_are_learnt(method):
         config(epochs=2, batch_size=16, learning_rate=0.005),
         seed=0,
     )
-    after = evaluate(model, data, backbone.preprocessing)
+    after = evaluate(model, data.subset(range(60)), backbone.preprocessing)
     assert before.loss == pytest.approx(np.log(10), abs=1e-4)  # the head starts at even odds
     assert after.loss < 1 and after.accuracy > 0.7
     assert result.num_examples == 200 and after.loss < result.loss < before.loss
@@ -86,7 +86,11 @@ def test_digits_are_learnt(method):
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [("mobiletl", "mobilenet_v3_small"), ("full", "mobilenet_v2"), ("full", "efficientnet_b0")],
+    [
+        ("mobiletl", "mobilenet_v3_small"),
+        ("full", "efficientnet_b0"),
+        pytest.param("full", "mobilenet_v2", marks=pytest.mark.slow),  # its dropout the other has
+    ],
 )
 def test_same_seed_gives_the_same_model_dropout_included(make_model, digits, method, name):
     def run(seed, generator_seed):
@@ -122,8 +126,16 @@ def test_training_leaves_the_global_generator_alone(make_model, digits):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("sampler", ["shuffled", "balanced"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("momentum", "sampler"),
+    [
+        *((0.0, "shuffled"), (0.9, "balanced")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0.0, "balanced"), (0.9, "shuffled"))
+        ),
+    ],
+)
 def test_training_is_a_plain_loop_with_torchs_optimiser(make_model, digits, momentum, sampler):
     model, preprocessing = make_model()
     settings = config(epochs=2, batch_size=16, momentum=momentum, sampler=sampler)
@@ -155,7 +167,7 @@ def test_training_follows_an_evaluation(make_model, digits):
 def test_mobiletl_peaks_below_stock_autograd(make_model, digits):
     peaks = {}
     for method in ("mobiletl", "blocks", "full"):
-        model, preprocessing = make_model(method, "mobilenet_v2", image_size=128)
+        model, preprocessing = make_model(method, "mobilenet_v2", image_size=64)
         data = digits.subset(range(8))
         peaks[method] = train_locally(model, data, preprocessing, config(), seed=0).peak_bytes
     assert peaks["mobiletl"] < peaks["blocks"] < peaks["full"]
@@ -262,10 +274,18 @@ def test_peak_has_the_targets_of_a_proximal_term_in_it(make_model, digits, epoch
     assert sum(sizes) <= peaks[True] - peaks[False] <= sum(sizes) + max(sizes)
 
 
-@pytest.mark.parametrize("precision", ["float16", "int8"])
-@pytest.mark.parametrize(("method", "number"), [("head", 40), ("head", 3), ("mobiletl", 40)])
+@pytest.mark.parametrize(
+    ("method", "number", "precision"),
+    [
+        *(("head", 40, "int8"), ("head", 3, "float16"), ("mobiletl", 40, "float16")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("head", 40, "float16"), ("head", 3, "int8"), ("mobiletl", 40, "int8"))
+        ),
+    ],
+)
 def test_peak_does_not_depend_on_what_is_cached(
-    random_backbone, digits, tmp_path, precision, method, number
+    random_backbone, digits, tmp_path, method, number, precision
 ):
     backbone = random_backbone("mobilenet_v3_small", num_classes=10, image_size=32)
     plan = make_plan(backbone, method=method, blocks=10)  # `mobiletl`: all but the lowest
@@ -290,7 +310,7 @@ def test_peak_does_not_depend_on_what_is_cached(
 
 def test_the_stronger_the_pull_the_nearer_training_stays(make_model, digits):
     moved = []
-    for strength in (0.0, 0.3, 3.0, 20.0):
+    for strength in (0.0, 1.0, 20.0):
         model, preprocessing = make_model()
         start = capture(model.model, model.plan)
         proximal = fedprox(start.tensors, strength) if strength else None

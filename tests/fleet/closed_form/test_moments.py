@@ -79,7 +79,7 @@ def test_moments_are_those_of_the_head_s_inputs(name, digits, random_backbone):
     assert np.abs(found.gram).max() > 1000
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_any_partition_in_any_order_adds_up_to_the_same_bits(seed, digits, small):
     rng = np.random.default_rng(seed)
     model = transfer(small)

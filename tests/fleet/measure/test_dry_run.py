@@ -24,21 +24,27 @@ from fleet.train import take_step
 CASES = [  # backbone, method, k, stash, batch, pixels, cached
     ("efficientnet_lite0", "mobiletl", 5, "recompute", 8, 64, False),
     ("efficientnet_lite0", "mobiletl", 1, "int8", 2, 96, True),
-    ("efficientnet_lite0", "mobiletl", 16, "float32", 4, 64, False),
+    ("efficientnet_lite0", "mobiletl", 16, "float32", 2, 64, False),
     ("efficientnet_lite0", "full", 0, "published", 2, 64, False),
     ("mobilenet_v2", "mobiletl", 3, "bfloat16", 16, 64, True),
-    ("mobilenet_v2", "mobiletl", 3, "published", 12, 64, False),
     ("mobilenet_v2", "shifts", 5, "published", 8, 96, True),
     ("mobilenet_v3_large", "mobiletl", 3, "recompute", 12, 64, True),
     ("mobilenet_v3_large", "mobiletl", 5, "published", 3, 64, False),
     ("mobilenet_v3_large", "blocks", 2, "published", 8, 64, False),
     ("efficientnet_b0", "mobiletl", 2, "int8", 8, 64, False),
-    ("efficientnet_b0", "blocks", 1, "published", 8, 64, True),
     ("mnasnet1_0", "head", 0, "published", 8, 64, True),
     ("mobilenetv4_conv_small", "mobiletl", 5, "int8", 8, 64, False),
     ("fbnetc_100", "mobiletl", 3, "recompute", 2, 64, False),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+MORE = [  # of a backbone and of a method that others here are of
+    ("mobilenet_v2", "mobiletl", 3, "published", 12, 64, False),
+    ("efficientnet_b0", "blocks", 1, "published", 8, 64, True),
+]
+each_case = pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)],
+    ids=lambda case: "-".join(map(str, case)),
+)
 
 
 @pytest.fixture
@@ -266,8 +272,9 @@ def test_momentum_takes_a_buffer_for_every_parameter(lite0):
 @pytest.mark.parametrize(
     ("case", "local_norms"),
     [
-        *((CASES[n], False) for n in (0, 3, 7, 12)),
-        *((CASES[n], True) for n in (0, 10)),
+        *((CASES[n], False) for n in (3, 6, 10)),
+        *((CASES[n], True) for n in (0, 9)),
+        pytest.param(CASES[0], False, marks=pytest.mark.slow),
     ],
 )
 def test_peak_with_a_proximal_term_is_that_of_the_step(case, local_norms, random_backbone):

@@ -33,7 +33,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def comparison(backbone):
-    setup = replace(SETUP, batch_size=8, image_size=96)
+    setup = replace(SETUP, batch_size=8)
     return measure(list(contenders(setup, backbone)), backbone, repetitions=1, resident=False)
 
 

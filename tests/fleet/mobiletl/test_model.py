@@ -45,7 +45,7 @@ def snapshot(model):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_eval_mode_is_the_original_model(random_backbone, images, name):
-    backbone, x = random_backbone(name), images(2)
+    backbone, x = random_backbone(name), images(2, 32)
     original = copy.deepcopy(backbone.model).eval()
     model = TransferModel(backbone, make_plan(backbone, method="mobiletl", blocks=2)).eval()
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def test_eval_mode_is_the_original_model(random_backbone, images, name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_frozen_norms_in_training_mode_are_the_original_model(random_backbone, images, name):
-    backbone, x = random_backbone(name), images(2).double()
+    backbone, x = random_backbone(name), images(2, 32).double()
     backbone.model.double()
     for block in backbone.blocks:
         if block.drop_path is not None:
@@ -73,7 +73,7 @@ def test_training_changes_the_plan_s_tensors_and_no_other(
     backbone = random_backbone(name)
     plan = make_plan(backbone, method=method, blocks=2, train_tail=train_tail)
     before = snapshot(backbone.model)
-    train(TransferModel(backbone, plan), images(4))
+    train(TransferModel(backbone, plan), images(4, 48))
     after = backbone.model.state_dict()
     assert after.keys() == before.keys()
     changed = {n for n in after if not torch.equal(after[n], before[n])}
@@ -90,7 +90,7 @@ def test_evaluating_between_steps_changes_nothing(random_backbone, images, metho
     model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2)).eval()
     before = snapshot(backbone.model)
     with torch.inference_mode():
-        model(images(2))
+        model(images(2, 32))
     assert all(torch.equal(t, before[n]) for n, t in backbone.model.state_dict().items())
 
 
@@ -98,7 +98,7 @@ def test_only_the_plan_s_parameters_require_grad_and_get_it(random_backbone, ima
     backbone = random_backbone("mobilenet_v2")
     plan = make_plan(backbone, method="mobiletl", blocks=2)
     model = TransferModel(backbone, plan)
-    model(images(2)).sum().backward()
+    model(images(2, 32)).sum().backward()
     for name, parameter in backbone.model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None) == (name in plan.by_name)
 
@@ -117,7 +117,7 @@ def test_of_two_models_on_a_backbone_the_last_readied_trains(random_backbone, im
     narrow = TransferModel(backbone, make_plan(backbone, method="mobiletl", blocks=1))
     TransferModel(backbone, make_plan(backbone, method="full"))
     before = snapshot(backbone.model)
-    train(narrow, images(4))
+    train(narrow, images(4, 32))
     after = backbone.model.state_dict()
     changed = {n for n in after if not torch.equal(after[n], before[n])}
     assert changed == narrow.plan.by_name.keys()
@@ -179,7 +179,7 @@ def test_halves_that_meet_lower_make_the_same_step(random_backbone, images, meth
         backbone = random_backbone("efficientnet_lite0")
         backbone.model.double()
         model = TransferModel(backbone, make_plan(backbone, method=method, blocks=2), cut=at)
-        x = model(images(4).double())
+        x = model(images(4, 32).double())
         x.square().sum().backward()
         logits.append(x)
         gradients.append([p.grad for p in model.trainable_parameters()])
@@ -196,7 +196,7 @@ def test_halves_together_are_the_whole(random_backbone, images, method, training
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    x = images(4)
+    x = images(4, 48)
     assert_close(model.from_features(model.features(x)), model(x), rtol=1e-4, atol=1e-4)
 
 
@@ -204,9 +204,9 @@ def test_features_follow_the_weights(random_backbone, images):
     """Norms are folded at every call, not once."""
     backbone = random_backbone("mobilenet_v2")
     model = TransferModel(backbone, make_plan(backbone, method="mobiletl", blocks=2))
-    before = model.features(images(2))
+    before = model.features(images(2, 32))
     backbone.steps[1].module.bias.data += 1  # the stem's norm
-    assert not torch.allclose(model.features(images(2)), before)
+    assert not torch.allclose(model.features(images(2, 32)), before)
 
 
 def test_cut_above_the_first_trained_step_is_refused(random_backbone):
@@ -228,7 +228,7 @@ def test_unknown_blocks_train_by_stock_autograd(random_backbone, images, stash):
         backbone.model.double()
         plan = make_plan(backbone, method=method, blocks=3)
         model = TransferModel(backbone, plan, stash)
-        logits = model(images(4).double())
+        logits = model(images(4, 32).double())
         logits.square().sum().backward()
         gradients = {n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad}
         results.append((logits, gradients, snapshot(backbone.model), plan.by_name.keys()))
@@ -249,7 +249,7 @@ def test_tail_that_trains_is_exact(random_backbone, images, name):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        model(images(4).double()).square().sum().backward()
+        model(images(4, 48).double()).square().sum().backward()
         gradients[stash] = {
             n: p.grad for n, p in backbone.model.named_parameters() if p.grad is not None
         }

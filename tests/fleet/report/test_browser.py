@@ -154,7 +154,7 @@ def test_a_page_fits_the_screen_and_loads_nothing(page, browse, width):
     assert measured["words"] > 300 and measured["title"]
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_page_opened_from_a_file_is_drawn(page, tmp_path, width):
     picture = tmp_path / "page.png"
     command = [
