@@ -134,10 +134,11 @@ def parts_of(steps: tuple[Step, ...]) -> Iterator[InvertedResidual | Unit | Step
     """Steps at the grain of the method: blocks, units, and what is neither."""
     rest = list(steps)
     while rest:
-        unit, length = _leading_unit(rest)
         if isinstance(rest[0].block, InvertedResidual):
             yield rest.pop(0).block
-        elif unit is not None:
+            continue
+        unit, length = _leading_unit(rest)
+        if unit is not None:
             yield unit
             del rest[:length]
         else:
