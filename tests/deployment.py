@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import fleet.cli
 from fleet.deploy.addresses import Address
 from fleet.deploy.bundle import bundle_files
 from fleet.deploy.provisioning import Provisioner, ServerFolder
 from fleet.records import RunRecord
+from tests.forked import Forked
 
 HOST = "127.0.0.1"
 
@@ -86,7 +89,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, subprocess.Popen[bytes] | Forked] = {}
 
     def start(self, name: str, machine: str, command: str, *arguments: object) -> None:
         """Start a command of this Python's environment.
@@ -110,6 +113,14 @@ class Processes:
     def fleet(self, name: str, command: str, *arguments: object) -> None:
         """Start a command of the project's, as one user on one machine."""
         self.start(name, "user", "fleet", command, *arguments)
+
+    def fork_fleet(self, name: str, command: str, *arguments: object) -> None:
+        """As `fleet`, in a fork of this process: for a command that would import PyTorch first."""
+        home = self.folder / "user"
+        home.mkdir(exist_ok=True)
+        words = [command, *map(str, arguments)]
+        with self._log_path(name).open("wb") as log:
+            self._started[name] = Forked(lambda: _be_fleet(home, words), errors=log)
 
     def process(self, name: str) -> psutil.Process:
         """A process that was started."""
@@ -212,7 +223,7 @@ def begin_run(
     """
     processes.wait("server", lambda: "superlink is started" in processes.log("server"), 120)
     options = [f"--{key}={value}" for key, value in settings.items()]
-    processes.fleet(
+    processes.fork_fleet(
         *("run", "run", "--dir", server.path, "--name", name, *options),
         *("--data", processes.folder / "server-images"),
     )
@@ -255,9 +266,51 @@ def superlink_of(processes: Processes) -> psutil.Process:
     return found
 
 
+def supernode_of(processes: Processes, device: str) -> psutil.Process:
+    """That of the client in the process that is called as its device."""
+    return processes.process(device).children()[0]
+
+
+def client_app(processes: Processes, device: str) -> psutil.Process:
+    """Forked from the template, which is forked from the SuperExec; IndexError: it is not there."""
+    executor = supernode_of(processes, device).children()[0]
+    template = executor.children()[0]
+    return template.children()[0]
+
+
+def wait_until_at_work(
+    processes: Processes, device: str, number: int, record: RunRecord, seconds: float = 600
+) -> None:
+    """Until the device has worked on a round's message for half a second of its CPU."""
+    processes.wait(f"round {number - 1}", lambda: rounds_on_record(record) >= number, seconds)
+    assert rounds_on_record(record) == number, "the round has ended before the device was lost"
+
+    def works() -> bool:
+        try:
+            return client_app(processes, device).cpu_times().user > 0.5
+        except (psutil.Error, IndexError):
+            return False
+
+    processes.wait(f"{device} works in round {number}", works, seconds)
+
+
 def rounds_on_record(record: RunRecord) -> int:
     """Round 0 included."""
     return len(record.rounds_path.read_text().splitlines()) if record.rounds_path.exists() else 0
+
+
+def _be_fleet(home: Path, words: list[str]) -> None:
+    """The command in this process, which is a fork; it never returns."""
+    os.dup2(2, 1)
+    os.chdir(home)
+    os.environ.clear()
+    os.environ.update(_environment(home))
+    torch.set_num_threads(1)  # this process may have had more, which a fork has not
+    try:
+        fleet.cli.main(words, prog_name="fleet")
+    except SystemExit as ended:
+        sys.stdout.flush()
+        os._exit(ended.code or 0)
 
 
 def _executable(command: str) -> str:

@@ -43,6 +43,12 @@ class Forked:
                 time.sleep(0.01)
         return self._code
 
+    def poll(self) -> int | None:
+        """As `wait`; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self._code
+
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
 

@@ -2,8 +2,6 @@
 link, a wrong model; then exported, and predicting on a device."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +65,10 @@ class Life:
 
     def fleet(self, *arguments: object) -> str:
         """What a command of the project's prints, once it has ended well."""
-        command = [sys.executable, "-m", "fleet.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        name = str(arguments[0])
+        self.processes.fork_fleet(name, *arguments)
+        self.processes.finish(name, 600)
+        return self.processes.log(name)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def live(processes: Processes) -> Life:
     for name in devices:
         start_client(processes, machines, name)
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()]
-    processes.fleet(
+    processes.fork_fleet(
         *("run", "run", "--dir", machines / "server", "--name", "life", *settings),
         *("--data", folder / "server-images"),
     )

@@ -1,14 +1,13 @@
-"""A device that is lost in the middle of a round, in four ways, and takes part again after each.
+"""A device that is lost in the middle of a round, in three ways, and takes part again after each.
 
-Its ClientApp dies alone, by SIGKILL and by SIGTERM; its SuperNode does, while the client that
-keeps it running lives on; its network is gone for most of one. The other device trains on.
-`-m slow` takes the three that wait longest, in a run of their own.
+Its ClientApp ends by SIGTERM; its SuperNode dies, while the client that keeps it running lives
+on; its network is gone for most of a round. The other device trains on. How a ClientApp is
+killed by SIGKILL: test_fleet_server, which is not slow.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import psutil
 import pytest
 
 from fleet.deploy.addresses import Address
@@ -20,10 +19,14 @@ from tests.deployment import (
     TWO_CLASSES,
     Processes,
     begin_run,
+    client_app,
     free_ports,
     lead_through,
     processes_in_a_folder,
     rounds_on_record,
+    start_client,
+    supernode_of,
+    wait_until_at_work,
     write_digits,
 )
 from tests.stalling_relay import StallingRelay, stalling_relay
@@ -40,23 +43,11 @@ SETTINGS = SMALL_RUN | {
     "round-timeout": ROUND_SECONDS,
     "cache": "off",
 }
-# What happens to the device, one after the other, in a run.
-QUICK = ("ClientApp killed",)
-SLOW = ("ClientApp ended", "SuperNode killed", "network gone")
-each_life = pytest.mark.parametrize(
-    "life",
-    [pytest.param(QUICK, id="quick"), pytest.param(SLOW, id="long", marks=pytest.mark.slow)],
-    indirect=True,
-)
-each_event = pytest.mark.parametrize(
-    ("life", "event"),
-    [
-        *(pytest.param(QUICK, event, id=event) for event in QUICK),
-        *(pytest.param(SLOW, event, id=event, marks=pytest.mark.slow) for event in SLOW),
-    ],
-    indirect=["life"],
-    scope="module",
-)
+# What happens to the device, one after the other.
+EVENTS = ("ClientApp ended", "SuperNode killed", "network gone")
+each_event = pytest.mark.parametrize("event", EVENTS)
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -83,11 +74,11 @@ class Life:
 
 
 @pytest.fixture(scope="module")
-def life(request) -> Iterator[Life]:
+def life() -> Iterator[Life]:
     (port,) = free_ports(1)
     with processes_in_a_folder() as processes, stalling_relay((HOST, port)) as relay:
         try:
-            yield live(processes, port, relay, request.param)
+            yield live(processes, port, relay)
         except AssertionError:
             print(processes.all_logs())
             raise
@@ -108,25 +99,13 @@ def test_the_device_is_named_on_record_and_to_who_follows(life, event):
     assert f"round {report.server_round}: {LOST}: {reason}" in life.shown
 
 
-@pytest.mark.parametrize(
-    ("life", "event", "how"),
-    [
-        (QUICK, "ClientApp killed", "killed by signal 9"),
-        pytest.param(
-            *(SLOW, "ClientApp ended", "ClientApp task failed due to unknown reason"),  # Flower's
-            marks=pytest.mark.slow,
-        ),
-    ],
-    indirect=["life"],
-    scope="module",
-    ids=["killed", "ended"],
-)
-def test_a_client_app_that_dies_is_known_at_once_and_the_device_says_how(life, event, how):
-    report = life.events[event].lost
+def test_a_client_app_that_dies_is_known_at_once_and_the_device_says_how(life):
+    report = life.events["ClientApp ended"].lost
     assert report.seconds < ROUND_SECONDS - 5  # Flower takes 40 to 60 s, or for ever
+    how = "ClientApp task failed due to unknown reason"  # Flower's
     assert f"the process that worked on it died ({how}); on the device " in report.refused[LOST]
     assert f"{LOST}/logs/supernode.log says more" in report.refused[LOST]
-    assert life.events[event].back.server_round == report.server_round + 1
+    assert life.events["ClientApp ended"].back.server_round == report.server_round + 1
 
 
 @each_event
@@ -136,14 +115,13 @@ def test_the_device_is_back(life, event):
     assert report.refused == {}
 
 
-@each_life
 def test_the_log_beside_the_record_names_each_round(life):
     for event in life.events.values():
         assert f"round {event.lost.server_round}/40: accuracy" in life.server_log
         assert f"round {event.back.server_round}/40: accuracy" in life.server_log
 
 
-def live(processes: Processes, port: int, relay: StallingRelay, happenings: Sequence[str]) -> Life:
+def live(processes: Processes, port: int, relay: StallingRelay) -> Life:
     """One run, in which a device is lost in some ways, each time once it is back from the last."""
     folder = processes.folder
     provisioner = Provisioner(folder / "fleet")
@@ -153,30 +131,26 @@ def live(processes: Processes, port: int, relay: StallingRelay, happenings: Sequ
     server = provisioner.server
     processes.fleet("server", "server", "--dir", server.path, "--host", HOST)
     for name in ("pi-01", LOST):
-        processes.fleet(
-            *(name, "client", "--bundle", provisioner.out / name, "--budget-mib", "off"),
-            *("--data", folder / f"{name}-images", "--state", folder / name),
-        )
+        start_client(processes, provisioner, name)
     record = begin_run(processes, server, "first", SETTINGS)
 
     lose: dict[str, Callable[[], None]] = {
-        "ClientApp killed": lambda: client_app(processes).kill(),
-        "ClientApp ended": lambda: client_app(processes).terminate(),
-        "SuperNode killed": lambda: supernode(processes).kill(),
+        "ClientApp ended": lambda: client_app(processes, LOST).terminate(),
+        "SuperNode killed": lambda: supernode_of(processes, LOST).kill(),
         "network gone": relay.cut,
     }
     events = {}
     done = wait_for_both(processes, record, after=0)
-    for event in happenings:
+    for event in EVENTS:
         lost = done.server_round + 1
-        wait_until_at_work(processes, lost, record)
+        wait_until_at_work(processes, LOST, lost, record)
         lose[event]()
         processes.wait(f"round {lost}", lambda n=lost: rounds_on_record(record) > n, RUN_SECONDS)
         if event == "network gone":  # it was for the rest of the round, most of a minute
             relay.go_on()
         done = wait_for_both(processes, record, after=lost)
         events[event] = Event(round_of(record, lost), done)
-    processes.fleet("stop", "run", "--dir", server.path, "--stop", "first")
+    processes.fork_fleet("stop", "run", "--dir", server.path, "--stop", "first")
     processes.wait("its end", lambda: processes.exit_code("run") is not None, RUN_SECONDS)
     return Life(events, processes.log("run"), (record.path / "server.log").read_text())
 
@@ -194,28 +168,3 @@ def wait_for_both(processes: Processes, record: RunRecord, after: int) -> RoundR
 
     processes.wait(f"both devices after round {after}", rounds, RUN_SECONDS)
     return rounds()[0]
-
-
-def wait_until_at_work(processes: Processes, number: int, record: RunRecord) -> None:
-    """Until the device has worked on a round's message for half a second of its CPU."""
-    processes.wait(f"round {number - 1}", lambda: rounds_on_record(record) >= number, RUN_SECONDS)
-    assert rounds_on_record(record) == number, "the round has ended before the device was lost"
-
-    def works() -> bool:
-        try:
-            return client_app(processes).cpu_times().user > 0.5
-        except (psutil.Error, IndexError):
-            return False
-
-    processes.wait(f"{LOST} works in round {number}", works, RUN_SECONDS)
-
-
-def supernode(processes: Processes) -> psutil.Process:
-    return processes.process(LOST).children()[0]
-
-
-def client_app(processes: Processes) -> psutil.Process:
-    """Of the lost device: forked from the template, which is forked from the SuperExec."""
-    executor = supernode(processes).children()[0]
-    template = executor.children()[0]
-    return template.children()[0]

@@ -1,9 +1,10 @@
-"""Devices that run signed code alone, on real processes: a signed run, which one of them trusts.
+"""Devices that run signed code alone, on real processes: a run that nobody signed, then one that
+one of them trusts, of the same app.
 
-`-m slow` has a run before that one, of the same app, that is signed by nobody.
+A signed run alone is in test_fleet_server, which is not slow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -28,16 +29,7 @@ TRUSTS = {"pi-01": "ops", "pi-02": "boss"}  # device → whose key it has
 SETTINGS = SMALL_RUN | {"rounds": 1, "min-clients": 1}
 RUN_SECONDS = 600
 
-
-QUICK, SLOW = ("signed",), ("unsigned", "signed")  # runs
-each_life = pytest.mark.parametrize(
-    "life",
-    [
-        pytest.param(QUICK, id="signed"),
-        pytest.param(SLOW, id="after one that is not", marks=pytest.mark.slow),
-    ],
-    indirect=True,
-)
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -61,29 +53,27 @@ class Life:
 
     Attributes:
         signer: the fingerprint of the one key that signed the last.
-        unsigned: of the one before it; None: there was none.
+        unsigned: of the one before it.
         devices: what each device's client had printed by the end.
         rounds: of the signed run, from round 1 on.
     """
 
     signer: str
-    unsigned: Unsigned | None
+    unsigned: Unsigned
     devices: dict[str, str]
     rounds: list[RoundReport]
 
 
 @pytest.fixture(scope="module")
-def life(request) -> Iterator[Life]:
+def life() -> Iterator[Life]:
     with processes_in_a_folder() as processes:
         try:
-            yield live(processes, request.param)
+            yield live(processes)
         except AssertionError:
             print(processes.all_logs())
             raise
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("life", [SLOW], indirect=True, ids=["unsigned"])
 def test_a_run_that_is_not_signed_is_refused_by_every_device(life):
     for device, trusted in TRUSTS.items():
         refusal = f"runs only apps that are signed by {trusted}, and this one is signed by nobody"
@@ -93,14 +83,12 @@ def test_a_run_that_is_not_signed_is_refused_by_every_device(life):
         assert f"this device {refusal}; start" in life.unsigned.devices[device]
 
 
-@each_life
 def test_the_device_that_trusts_the_signer_trains(life):
     (report,) = life.rounds
     assert [client.name for client in report.clients] == ["pi-01"] and report.stepped
     assert life.signer not in life.devices["pi-01"]
 
 
-@each_life
 def test_the_other_is_refused_by_name_and_the_record_and_its_own_log_say_why(life):
     (report,) = life.rounds
     refusal = f"runs only apps that are signed by boss, and this one is signed by {life.signer};"
@@ -109,8 +97,8 @@ def test_the_other_is_refused_by_name_and_the_record_and_its_own_log_say_why(lif
     assert f"this device {refusal} start the run with: fleet run --sign" in life.devices["pi-02"]
 
 
-def live(processes: Processes, runs: Sequence[str]) -> Life:
-    """Start all, with a run that is not signed if asked for; then sign one, and see its end."""
+def live(processes: Processes) -> Life:
+    """Start all, with a run that is not signed; then sign one, and see its end."""
     folder, (port,) = processes.folder, free_ports(1)
     provisioner = Provisioner(folder / "fleet")
     provisioner.begin([Address("localhost", port)], [*TRUSTS])
@@ -128,7 +116,7 @@ def live(processes: Processes, runs: Sequence[str]) -> Life:
 
     def start(run: str, *arguments: object, timeout: int) -> None:
         settings = SETTINGS | {"round-timeout": timeout}
-        processes.fleet(
+        processes.fork_fleet(
             *(run, "run", "--dir", provisioner.server.path, "--name", run, *arguments),
             *(f"--{key}={value}" for key, value in settings.items()),
             *("--data", folder / "server-images"),
@@ -137,21 +125,18 @@ def live(processes: Processes, runs: Sequence[str]) -> Life:
     def logs() -> dict[str, str]:
         return {device: processes.log(device) for device in TRUSTS}
 
-    unsigned = None
-    if "unsigned" in runs:
-        start("unsigned", timeout=2 * RUN_SECONDS)
-        processes.wait(
-            "both devices refuse",
-            lambda: processes.log("unsigned").count("refused: client pi-") >= len(TRUSTS),
-            RUN_SECONDS,
-        )
-        processes.fleet(
-            *("list", "run", "--dir", provisioner.server.path, "--list", "--format", "json")
-        )
-        processes.finish("list", RUN_SECONDS)
-        unsigned = Unsigned(processes.log("unsigned"), processes.log("list"), logs())
-        processes.fleet("stop", "run", "--dir", provisioner.server.path, "--stop", "unsigned")
-        processes.wait("its end", lambda: processes.exit_code("unsigned") is not None, RUN_SECONDS)
+    start("unsigned", timeout=2 * RUN_SECONDS)
+    processes.wait(
+        "both devices refuse",
+        lambda: processes.log("unsigned").count("refused: client pi-") >= len(TRUSTS),
+        RUN_SECONDS,
+    )
+    command = ("run", "--dir", provisioner.server.path)
+    processes.fork_fleet("list", *command, "--list", "--format", "json")
+    processes.finish("list", RUN_SECONDS)
+    unsigned = Unsigned(processes.log("unsigned"), processes.log("list"), logs())
+    processes.fork_fleet("stop", *command, "--stop", "unsigned")
+    processes.wait("its end", lambda: processes.exit_code("unsigned") is not None, RUN_SECONDS)
     start("signed", "--sign", keys["ops"], timeout=120)
     processes.finish("signed", RUN_SECONDS)
     record = RunRecord(provisioner.server.runs_path / "signed")

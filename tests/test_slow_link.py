@@ -131,8 +131,8 @@ def train_over(
         *(device, DEVICE, "client", "--bundle", machines / f"{DEVICE}.tar.gz"),
         *("--data", folder / f"{DEVICE}-images", "--state", folder / DEVICE, "--budget-mib", "off"),
     )
-    on(
-        *(server, "run", "run", "--dir", machines / "server", "--name", "far", *options),
+    processes.fork_fleet(  # which talks with the server through its folder
+        *("run", "run", "--dir", machines / "server", "--name", "far", *options),
         *("--data", folder / "server-images"),
     )
     processes.finish("run", RUN_SECONDS)
