@@ -306,11 +306,7 @@ def _be_fleet(home: Path, words: list[str]) -> None:
     os.environ.clear()
     os.environ.update(_environment(home))
     torch.set_num_threads(1)  # this process may have had more, which a fork has not
-    try:
-        fleet.cli.main(words, prog_name="fleet")
-    except SystemExit as ended:
-        sys.stdout.flush()
-        os._exit(ended.code or 0)
+    fleet.cli.main(words, prog_name="fleet")
 
 
 def _executable(command: str) -> str:

@@ -15,7 +15,8 @@ class Forked:
     """A process that runs a function, whose standard input and output are text of its parent's.
 
     Args:
-        function: what it runs; an exception is told on standard error and ends it with code 1.
+        function: what it runs; SystemExit ends it with that code, another exception is told on
+            standard error and ends it with code 1.
         errors: where its standard error goes.
     """
 
@@ -50,15 +51,21 @@ class Forked:
         return self._code
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
     def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
-    def _signal(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         if self._code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+
+def standard_files() -> None:
+    """Let Python's be those of this process, a fork, whatever the tests have put in their place."""
+    sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)  # noqa: SIM115 - till the end
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1)  # noqa: SIM115
 
 
 def _pipe() -> tuple[IO, IO]:
@@ -75,10 +82,11 @@ def _work(function: Callable[[], None], *standard: int) -> None:
             os.dup2(handle, number)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # no end of a pipe may stay open here
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdin, sys.stdout = open(0), open(1, "w", buffering=1)  # noqa: SIM115 - till the end
-        sys.stderr = sys.__stderr__ = open(2, "w", buffering=1)  # noqa: SIM115
+        standard_files()
         function()
         code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     finally:

@@ -1,16 +1,20 @@
 """Real processes, real signals.
 
-`-m slow` takes the other signals where one of them stands for all.
+Where nothing depends on how it is started, the process is a fork of the tests', which has
+imported PyTorch. `-m slow` takes the other signals where one of them stands for all.
 """
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
+import traceback
 
-import pexpect
+import pexpect.fdpexpect
 import psutil
 import pytest
 import torch
@@ -23,6 +27,9 @@ from fleet.records import RunRecord
 from fleet.signals import ENDING
 from simulations import simulate
 from tests.commands import FLEET, HEAR
+from tests.forked import Forked, standard_files
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 SETTINGS = {
     "clients": 2,
@@ -50,8 +57,9 @@ def wait_for(what, run):
     """Poll until something is so; a run that ends before that fails."""
     deadline = time.monotonic() + PATIENCE
     while not (value := what()):
-        said = run.stderr.read()[-3000:] if run.poll() is not None and run.stderr else ""
-        assert run.poll() is None, f"the run ended with {run.returncode}: {said}"
+        stderr = getattr(run, "stderr", None)  # a fork has none
+        said = stderr.read()[-3000:] if run.poll() is not None and stderr else ""
+        assert run.poll() is None, f"the run ended with {run.poll()}: {said}"
         assert time.monotonic() < deadline, f"not within {PATIENCE} s"
         time.sleep(0.05)
     return value
@@ -69,6 +77,52 @@ def started(command, **options):
                 for process in (*parent.children(recursive=True), parent):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
+
+
+def be_fleet(*words):
+    """The command, in a fork of the tests' process."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    main(words, prog_name="fleet")
+
+
+@contextlib.contextmanager
+def on_terminal(*options, dimensions=(24, 80)):
+    """A simulation on a terminal of its own, which ends with the block: its number, and what it
+    shows."""
+    pid, handle = pty.fork()
+    if not pid:
+        code = 1
+        try:
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            standard_files()
+            termios.tcsetwinsize(0, dimensions)
+            os.environ["TERM"] = "xterm"
+            os.environ.pop("NO_COLOR", None)
+            be_fleet("simulate", *options)
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    terminal = pexpect.fdpexpect.fdspawn(handle, encoding="utf-8", timeout=PATIENCE)
+    try:
+        yield pid, terminal
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            for process in (*parent.children(recursive=True), parent):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os.waitpid(pid, 0)
+        with contextlib.suppress(OSError):
+            os.close(handle)
+
+
+def exit_code(pid):
+    """Of a child, once it has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def rounds_on_record(run_dir):
@@ -105,12 +159,18 @@ def check_record(run_dir, tmp_path):
 )
 def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
     run_dir = tmp_path / "run"
-    command = [*FLEET, "simulate", *SMALL, "--run-dir", str(run_dir), "--format", "json"]
-    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        wait_for(lambda: rounds_on_record(run_dir) > 2, run)
-        run.send_signal(number)
-        stdout, stderr = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 128 + number
+    options = ("--run-dir", str(run_dir), "--format", "json")
+    with (tmp_path / "stderr").open("w+") as errors:
+        run = Forked(lambda: be_fleet("simulate", *SMALL, *options), errors)
+        try:
+            wait_for(lambda: rounds_on_record(run_dir) > 2, run)
+            run.send_signal(number)
+            stdout, code = run.stdout.read(), run.wait(timeout=PATIENCE)
+        finally:
+            run.kill()
+        errors.seek(0)
+        stderr = errors.read()
+    assert code == 128 + number
     assert stdout == "" and "Traceback" not in stderr
     last = check_record(run_dir, tmp_path)
     *rounds, what, look, repeat = stderr.splitlines()
@@ -124,24 +184,14 @@ def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
 
 def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path):
     run_dir = tmp_path / "run"
-    environment = os.environ | {"TERM": "xterm"}
-    environment.pop("NO_COLOR", None)
-    terminal = pexpect.spawn(
-        FLEET[0],
-        [*FLEET[1:], "simulate", *SMALL, "--run-dir", str(run_dir)],
-        env=environment,
-        dimensions=(24, 40),
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
-    terminal.expect(r"round 2/500: [\d.]+ %, loss [\d.]+, [\d.]+ s\b")
-    terminal.expect(r"round \d+ of 500 .* left")
-    terminal.sendintr()
-    terminal.expect("stopped after round")
-    assert "\x1b[?25h" in terminal.before  # the cursor is back
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 130
+    with on_terminal(*SMALL, "--run-dir", str(run_dir), dimensions=(24, 40)) as (pid, terminal):
+        terminal.expect(r"round 2/500: [\d.]+ %, loss [\d.]+, [\d.]+ s\b")
+        terminal.expect(r"round \d+ of 500 .* left")
+        terminal.send("\x03")  # Ctrl-C
+        terminal.expect("stopped after round")
+        assert "\x1b[?25h" in terminal.before  # the cursor is back
+        terminal.expect(pexpect.EOF)
+        assert exit_code(pid) == 130
     assert "Traceback" not in terminal.before
     check_record(run_dir, tmp_path)
 
@@ -150,19 +200,13 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, workers):
     run_dir = tmp_path / "run"
-    environment = os.environ | {"TERM": "xterm"}
-    environment.pop("NO_COLOR", None)
-    terminal = pexpect.spawn(
-        FLEET[0],
-        [*FLEET[1:], "simulate", *SMALL, "--workers", workers, "--run-dir", str(run_dir)],
-        env=environment,
-        encoding="utf-8",
-        timeout=PATIENCE,
-    )
-    terminal.expect(r"round 2/500")
-    family = psutil.Process(terminal.pid).children(recursive=True)
-    os.close(terminal.child_fd)
-    assert terminal.ptyproc.wait() == 128 + signal.SIGHUP
+    options = ("--workers", workers, "--run-dir", str(run_dir))
+    with on_terminal(*SMALL, *options) as (pid, terminal):
+        terminal.expect(r"round 2/500")
+        family = psutil.Process(pid).children(recursive=True)
+        assert len(family) >= (int(workers) if workers != "1" else 0)
+        os.close(terminal.child_fd)
+        assert exit_code(pid) == 128 + signal.SIGHUP
     assert not psutil.wait_procs(family, timeout=60)[1]
     check_record(run_dir, tmp_path)
 
