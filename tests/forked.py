@@ -2,13 +2,18 @@
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
+
+import pexpect.fdpexpect
+import psutil
 
 
 class Forked:
@@ -60,6 +65,56 @@ class Forked:
         if self._code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+
+@contextlib.contextmanager
+def on_terminal(
+    function: Callable[[], None], dimensions: tuple[int, int] = (24, 80)
+) -> Iterator[tuple[int, pexpect.fdpexpect.fdspawn]]:
+    """A fork that runs a function on a terminal of its own, and ends with the block.
+
+    Args:
+        function: as `Forked`'s.
+        dimensions: rows and columns.
+
+    Yields:
+        Its process id, for `exit_code`, and what is at the other end of its terminal.
+    """
+    pid, handle = pty.fork()
+    if not pid:
+        code = 1
+        try:
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            standard_files()
+            termios.tcsetwinsize(0, dimensions)
+            os.environ["TERM"] = "xterm"
+            os.environ.pop("NO_COLOR", None)
+            function()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    terminal = pexpect.fdpexpect.fdspawn(handle, encoding="utf-8", timeout=600)
+    try:
+        yield pid, terminal
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the test has seen its end
+            parent = psutil.Process(pid)
+            for process in (*parent.children(recursive=True), parent):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os.waitpid(pid, 0)
+        with contextlib.suppress(OSError):
+            os.close(handle)
+
+
+def exit_code(pid: int) -> int:
+    """Of a child, once it has ended; the number of the signal that ended it, below 0."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def standard_files() -> None:

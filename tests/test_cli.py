@@ -411,6 +411,11 @@ def test_what_cannot_be_measured_is_refused_without_a_traceback(arguments, text)
     assert result.stdout == ""
 
 
+def test_backbones_are_all_known_before_one_is_measured():
+    result = invoke("measure", *TINIEST, "--backbone", "mobilenet_v9", "--compare")
+    assert result.stderr.startswith("Error: unknown backbone mobilenet_v9")  # no progress
+
+
 def test_help_of_measure_names_every_method():
     text = " ".join(invoke("measure", "--help").output.split()).replace("- ", "-")
     assert all(method in text for method in CONTENDERS)

@@ -1,7 +1,7 @@
 import json
+import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import click
 import pytest
 
 from fleet.cli import main
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -38,13 +39,19 @@ def my_strategy(tmp_path_factory):
         pytest.param(("--rule", "my_strategy:agreed"), marks=pytest.mark.slow),  # found alike
     ],
 )
+@pytest.mark.usefixtures("quick_runs")
 def test_the_strategy_in_the_readme_is_found_in_the_current_directory(my_strategy, own):
-    # -P: no directory is put on sys.path, as in a console script.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from fleet.cli import main; main()"
     small = "--clients 2 --rounds 2 --train-examples 100 --test-examples 100 --image-size 32"
-    command = [sys.executable, "-P", "-c", code, "simulate", *small.split(), *own]
-    command += ["--blocks", "0,1", "--run-dir", own[0].strip("-")]
-    subprocess.run(command, cwd=my_strategy, check=True)
+    words = ["simulate", *small.split(), *own, "--blocks", "0,1", "--run-dir", own[0].strip("-")]
+
+    def be_fleet():
+        os.chdir(my_strategy)  # which is not on sys.path, as in a console script
+        sys.path[:] = [path for path in sys.path if path]
+        main(words)
+
+    run = Forked(be_fleet, sys.__stderr__)
+    run.stdout.read()
+    assert run.wait() == 0
     lines = (my_strategy / own[0].strip("-") / "rounds.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 3 and losses[-1] < losses[0]

@@ -89,7 +89,7 @@ def command(
     from fleet.measure.setup import Setup
     from fleet.measure.step import measure
 
-    measurements, first = [], None
+    loaded = []  # all before the first is measured: it takes minutes, and a name may be wrong
     for name in backbones:
         setup = Setup(
             backbone=name,
@@ -105,7 +105,10 @@ def command(
         )
         backbone = setup.load()
         setup = dataclasses.replace(setup, blocks=_number(blocks, len(backbone.blocks)))
-        first = first or setup
+        loaded.append((setup, backbone))
+    measurements, first = [], loaded[0][0]
+    for setup, backbone in loaded:
+        name = setup.backbone
         measurements += measure(
             list(contenders(setup, backbone)) if compare else [setup],
             backbone,

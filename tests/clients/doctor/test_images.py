@@ -1,14 +1,16 @@
 import json
+import sys
 
 import pytest
 from PIL import Image
 
+import fleet.data  # noqa: F401 - for its forks
 from clients.doctor import images
 from clients.doctor.images import images_finding, listed_finding
 from fleet.deploy.addresses import Address
 from fleet.deploy.client import ClientOptions
 from fleet.errors import ConfigError
-from tests.forks import prepared
+from tests.forked import Forked
 
 
 @pytest.fixture
@@ -20,19 +22,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def reader():
-    """A process that has imported what the client's own reader does, to be forked."""
-    with prepared("import sys", "import fleet.data", "import torch") as process:
-        yield process
-
-
 @pytest.fixture
-def quick_reader(reader, monkeypatch):
+def quick_reader(monkeypatch):
     """The client's own reader, in a fork in place of a fresh process."""
 
     def read(folder):
-        said = reader.run(f"sys.argv = ['', {str(folder)!r}]", images._READ)
+        def be_reader():
+            sys.argv = ["", str(folder)]
+            exec(images._READ, {})
+
+        reader = Forked(be_reader, sys.__stderr__)
+        said = reader.stdout.read()
+        assert reader.wait() == 0
         return json.loads(said.splitlines()[-1])
 
     monkeypatch.setattr(images, "read_as_client", read)

@@ -52,9 +52,12 @@ def test_an_import_that_raises_is_told_by_its_last_line(tmp_path, monkeypatch):
 
 
 def test_what_lies_in_the_current_folder_is_not_taken_for_pytorch(tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("raise ImportError('not me')")
-    monkeypatch.chdir(tmp_path)
-    assert probe_torch("x86_64").returncode == 0
+    for name in ("here", "installed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torch.py").write_text(f"raise ImportError('{name}')")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"))
+    assert probe_torch("x86_64").fault == "ImportError: installed"
 
 
 def test_pytorch_that_is_not_there_blocks_only_once_the_project_is(monkeypatch):

@@ -6,15 +6,13 @@ imported PyTorch. `-m slow` takes the other signals where one of them stands for
 
 import contextlib
 import os
-import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
-import traceback
+from functools import partial
 
-import pexpect.fdpexpect
+import pexpect
 import psutil
 import pytest
 import torch
@@ -27,7 +25,7 @@ from fleet.records import RunRecord
 from fleet.signals import ENDING
 from simulations import simulate
 from tests.commands import FLEET, HEAR
-from tests.forked import Forked, standard_files
+from tests.forked import Forked, exit_code, on_terminal
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -85,46 +83,6 @@ def be_fleet(*words):
     main(words, prog_name="fleet")
 
 
-@contextlib.contextmanager
-def on_terminal(*options, dimensions=(24, 80)):
-    """A simulation on a terminal of its own, which ends with the block: its number, and what it
-    shows."""
-    pid, handle = pty.fork()
-    if not pid:
-        code = 1
-        try:
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            standard_files()
-            termios.tcsetwinsize(0, dimensions)
-            os.environ["TERM"] = "xterm"
-            os.environ.pop("NO_COLOR", None)
-            be_fleet("simulate", *options)
-        except SystemExit as ended:
-            code = ended.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    terminal = pexpect.fdpexpect.fdspawn(handle, encoding="utf-8", timeout=PATIENCE)
-    try:
-        yield pid, terminal
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(pid)
-            for process in (*parent.children(recursive=True), parent):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):
-            os.close(handle)
-
-
-def exit_code(pid):
-    """Of a child, once it has ended."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def rounds_on_record(run_dir):
     path = run_dir / "rounds.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -161,7 +119,7 @@ def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
     run_dir = tmp_path / "run"
     options = ("--run-dir", str(run_dir), "--format", "json")
     with (tmp_path / "stderr").open("w+") as errors:
-        run = Forked(lambda: be_fleet("simulate", *SMALL, *options), errors)
+        run = Forked(partial(be_fleet, "simulate", *SMALL, *options), errors)
         try:
             wait_for(lambda: rounds_on_record(run_dir) > 2, run)
             run.send_signal(number)
@@ -184,7 +142,8 @@ def test_a_signal_ends_a_run_with_its_record_written(tmp_path, number):
 
 def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path):
     run_dir = tmp_path / "run"
-    with on_terminal(*SMALL, "--run-dir", str(run_dir), dimensions=(24, 40)) as (pid, terminal):
+    simulation = partial(be_fleet, "simulate", *SMALL, "--run-dir", str(run_dir))
+    with on_terminal(simulation, dimensions=(24, 40)) as (pid, terminal):
         terminal.expect(r"round 2/500: [\d.]+ %, loss [\d.]+, [\d.]+ s\b")
         terminal.expect(r"round \d+ of 500 .* left")
         terminal.send("\x03")  # Ctrl-C
@@ -201,7 +160,7 @@ def test_ctrl_c_on_a_terminal_clears_the_display_and_says_how_to_go_on(tmp_path)
 def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, workers):
     run_dir = tmp_path / "run"
     options = ("--workers", workers, "--run-dir", str(run_dir))
-    with on_terminal(*SMALL, *options) as (pid, terminal):
+    with on_terminal(partial(be_fleet, "simulate", *SMALL, *options)) as (pid, terminal):
         terminal.expect(r"round 2/500")
         family = psutil.Process(pid).children(recursive=True)
         assert len(family) >= (int(workers) if workers != "1" else 0)

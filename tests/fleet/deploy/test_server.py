@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import zipfile
@@ -30,6 +31,7 @@ from fleet.deploy.supervisor import Ending
 from fleet.deploy.wishes import Standing, Wishes
 from fleet.errors import ConfigError
 from fleet.records import RoundReport, to_json
+from tests.forked import exit_code, on_terminal
 from tests.ssh_keys import fingerprint, make_key, public, verified
 
 
@@ -446,17 +448,17 @@ def test_a_wish_holds_the_apps_signature_and_not_the_key(folder, tmp_path):
 def test_a_passphrase_is_asked_for_on_a_terminal(folder, tmp_path):
     pytest.importorskip("bcrypt")
     key = make_key(tmp_path / "ops", passphrase="secret")
-    command = ["-m", "fleet.cli", "run", "--dir", folder.path, "--name", "one", "--detach"]
-    with folder.alone():
-        terminal = pexpect.spawn(
-            sys.executable, [*map(str, command), "--sign", str(key)], timeout=120, encoding="utf-8"
-        )
+    command = ["run", "--dir", folder.path, "--name", "one", "--detach", "--sign", key]
+    with (
+        folder.alone(),
+        on_terminal(lambda: main([*map(str, command)])) as (pid, terminal),
+    ):
         terminal.expect_exact("Passphrase of ")
-        terminal.waitnoecho()
-        terminal.sendline("secret")
+        while termios.tcgetattr(terminal.child_fd)[3] & termios.ECHO:
+            time.sleep(0.01)
+        terminal.send("secret\n")
         terminal.expect(pexpect.EOF)
-        terminal.close()
-    assert terminal.exitstatus == 0, terminal.before
+        assert exit_code(pid) == 0, terminal.before
     wishes = Wishes(folder.runs_path)
     trusted = {fingerprint(key): public(key)}
     assert verified(wishes.app("one"), wishes.read("one").signatures, trusted)
