@@ -18,6 +18,7 @@ from fleet.errors import ConfigError
 from fleet.garbage import importing
 from fleet.structure import InvertedResidual, Step, UnknownBlock, trace
 from fleet.weights import download, load_into, packaged_lite0, read_classes, read_weights
+from fleet.without_compiler import compiler_aside
 
 LITE0 = "efficientnet_lite0"  # the default; `timm:efficientnet_lite0` is timm's own training of it
 
@@ -254,7 +255,7 @@ def resolve(name: str) -> tuple[str, str]:
     Raises:
         ConfigError: if neither knows it.
     """
-    with importing(), _without_wandb():
+    with importing(), _without_wandb(), compiler_aside():
         import timm
         import torchvision
 

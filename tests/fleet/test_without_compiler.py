@@ -84,6 +84,14 @@ def test_a_device_trains_without_the_compiler_and_what_it_brings(device):
     assert device.run(TRAIN, f"print({heavy})") == "[]"
 
 
+def test_a_backbone_is_built_without_it(torch_alone):
+    build = """
+        from fleet.backbones import load_backbone
+        load_backbone("mobilenet_v3_small", num_classes=3, image_size=32, weights="none")
+    """
+    assert torch_alone.run(build, "print('torch._dynamo' in sys.modules)") == "False"
+
+
 def test_whoever_needs_the_compiler_later_gets_it(device):
     compiled = "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
     named = "print(torch._dynamo.__name__, callable(torch._dynamo.optimize))"
