@@ -3,11 +3,13 @@ import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 import pytest
 
+import fleet.finetune
 from fleet.cli import main
 from tests.forked import Forked
 
@@ -18,6 +20,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_code_in_the_readme_runs(number, tmp_path, monkeypatch):
+    few = partial(fleet.finetune.load_data, limit=200)  # images, of those that it names
+    monkeypatch.setattr("fleet.finetune.load_data", few)
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
 
