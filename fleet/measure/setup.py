@@ -74,13 +74,20 @@ class Subject:
         setup: what to measure.
         backbone: what `setup.load` returned; trains in place. Several subjects
             may share it, each of which must be made `ready` before its turn.
+        shapes: step at which features are cut → (C, H, W) or (C,) of one image's, of this
+            backbone at this image size; those that are found now are added.
 
     Raises:
         ConfigError: for an unknown method or stash, or if there is nothing to cache.
         PlanError: for more blocks than there are.
     """
 
-    def __init__(self, setup: Setup, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        backbone: Backbone,
+        shapes: dict[int, tuple[int, ...]] | None = None,
+    ) -> None:
         self.setup = setup
         self.model = setup.model(backbone)
         if setup.cached and not self.model.freezes_blocks:
@@ -94,7 +101,10 @@ class Subject:
         self._images = torch.randn(MICRO_BATCH, 3, size, size, generator=generator)
         self._features = None
         if setup.cached:
-            features = torch.rand(_features_shape(self.model, backbone, setup), generator=generator)
+            shapes, cut = {} if shapes is None else shapes, self.model.cut
+            if cut not in shapes:
+                shapes[cut] = _features_shape(self.model, backbone, size)
+            features = torch.rand(setup.batch_size, *shapes[cut], generator=generator)
             channels_last = features.ndim == 4
             self._features = features.contiguous(
                 memory_format=torch.channels_last if channels_last else torch.contiguous_format
@@ -120,12 +130,10 @@ class Subject:
         take_step(self.model, self.optimizer, self.batch(), self.labels)
 
 
-def _features_shape(model: TransferModel, backbone: Backbone, setup: Setup) -> torch.Size:
-    """Of a batch.
+def _features_shape(model: TransferModel, backbone: Backbone, image_size: int) -> tuple[int, ...]:
+    """Of one image.
 
     Found without running the frozen half: that would leave memory behind, which
     the steps whose growth is measured would find and use.
     """
-    twin = TransferModel(weightless(backbone), model.plan)
-    size = setup.image_size
-    return twin.features(torch.empty(setup.batch_size, 3, size, size, device="meta")).shape
+    return TransferModel(weightless(backbone), model.plan).features_shape(image_size)

@@ -86,7 +86,8 @@ def measure(
         ConfigError: as `Subject`; or if a batch of one image is too little.
         PlanError: for more blocks than there are.
     """
-    subjects = [Subject(setup, backbone) for setup in setups]
+    shapes: dict[int, tuple[int, ...]] = {}
+    subjects = [Subject(setup, backbone, shapes) for setup in setups]
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         try:
