@@ -7,6 +7,8 @@ output: `round` with the accuracy, then `done` with what was measured, or
 killed, it ends.
 """
 
+import contextlib
+import gc
 import json
 import os
 import queue
@@ -22,6 +24,7 @@ from typing import Any, TextIO
 from fleet.config import read_config
 from fleet.errors import FleetError
 from fleet.records import RoundReport
+from fleet.report import without_pages
 from simulations.cells import CellFolders
 from simulations.device_flops import device_flops
 from simulations.launch import simulate
@@ -41,6 +44,10 @@ def main() -> None:
     try:
         while (task := tasks.get()) is not None:
             _answer(task, answers)
+            # What it has imported stays: to look through that takes as long as a small run, and
+            # each further one would, before its first client.
+            gc.collect()
+            gc.freeze()
     except KeyboardInterrupt:
         os._exit(130)  # what was under way is cleared; nobody waits for an answer
 
@@ -64,17 +71,17 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
         say("round", round=report.server_round, accuracy=report.accuracy)
 
     try:
-        record = simulate(
-            task["settings"] | {"run-dir": str(folders.part(key))},
-            task["engine"],
-            on_round,
-            workers=task["workers"],
-            **task["adversity"],
-        )
+        with contextlib.nullcontext() if task["keep_models"] else without_pages():
+            record = simulate(
+                task["settings"] | {"run-dir": str(folders.part(key))},
+                task["engine"],
+                on_round,
+                workers=task["workers"],
+                **task["adversity"],
+            )
         measured = {"device_flops": _flops(task["settings"], list(record.rounds()))}
         if not task["keep_models"]:
-            for path in (record.model_path, record.page_path):
-                path.unlink(missing_ok=True)
+            record.model_path.unlink(missing_ok=True)
         shutil.rmtree(record.checkpoints_path, ignore_errors=True)  # it has ended well
         folders.finish(key, measured)
         say("done", measured=measured)

@@ -2,7 +2,7 @@
 
 They are found by following imports, those inside functions too, from the process that
 runs a cell: a module that it cannot reach cannot change its result. Nothing is imported
-for it, and nothing is remembered: files may change between two looks at them.
+for it, and every file is read anew: it may change between two looks at it.
 """
 
 import ast
@@ -12,6 +12,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import lru_cache
 from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -99,7 +100,7 @@ def _reached(
             continue
         found[path] = name
         if path.suffix == ".py" and not _is_installed(path):
-            names = {*_imported(name, path)} - imported
+            names = _imported(name, path.stem == "__init__", path.read_bytes()) - imported
             imported |= names
             waiting += [
                 (module, file)
@@ -110,22 +111,25 @@ def _reached(
     return found
 
 
-def _imported(name: str, path: Path) -> Iterator[str]:
+@lru_cache(maxsize=1024)  # to parse them all takes a third of a second
+def _imported(name: str, is_package: bool, source: bytes) -> frozenset[str]:
     """Names of what a module imports, wherever in it; of `from a import b` both a and a.b."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):  # who imports it is told
-        return
+        return frozenset()
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             # One dot is the package that the module lies in, or is.
-            parts = name.split(".") + (["__init__"] if path.stem == "__init__" else [])
+            parts = name.split(".") + (["__init__"] if is_package else [])
             package = parts[: len(parts) - node.level] if node.level else []
             whole = ".".join([*package, *([node.module] if node.module else [])])
-            yield whole
-            yield from (f"{whole}.{alias.name}" for alias in node.names)
+            found.add(whole)
+            found.update(f"{whole}.{alias.name}" for alias in node.names)
+    return frozenset(found)
 
 
 def _project_files(name: str) -> Iterator[tuple[str, Path]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fleet.backbones import Preprocessing, digest_of
 from fleet.config import FeatureConfig
@@ -201,10 +202,36 @@ def cache_directory(config: FeatureConfig) -> Path:
 
 
 def features_key(model: TransferModel, preprocessing: Preprocessing) -> str:
-    """SHA-256 over all that decides an image's features: weights as they are now, and structure."""
+    """SHA-256 over all that decides an image's features: weights as they are now, and structure.
+
+    Weights are read again where PyTorch has counted a change of theirs since the last time;
+    of one by way of `tensor.data` or NumPy it counts none.
+    """
     steps = [
-        (step.name, repr(step.module), digest_of(step.module) if step.module else "")
+        (step.name, repr(step.module), _digest_now(step.module) if step.module else "")
         for step in model.frozen_steps
     ]
     facts = {"format": _FORMAT, "preprocessing": asdict(preprocessing), "steps": steps}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# Step → its tensors as it was read, each with place and number of changes, and its digest. A
+# simulation asks for that of one frozen half for every client and round.
+_READ: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple], str]] = weakref.WeakKeyDictionary()
+
+
+def _digest_now(module: nn.Module) -> str:
+    tensors = list(module.state_dict(keep_vars=True).values())
+    if any(tensor.is_inference() for tensor in tensors):  # whose changes are not counted
+        return digest_of(module)
+    if module not in _READ or not _unchanged(_READ[module][0], tensors):
+        now = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
+        _READ[module] = now, digest_of(module)
+    return _READ[module][1]
+
+
+def _unchanged(before: Sequence[tuple], tensors: Sequence[Tensor]) -> bool:
+    return len(before) == len(tensors) and all(
+        seen() is t and (place, changes) == (t.data_ptr(), t._version)
+        for (seen, place, changes), t in zip(before, tensors, strict=True)
+    )

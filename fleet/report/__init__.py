@@ -3,7 +3,7 @@
 from fleet.report.beside import Outcome
 from fleet.report.files import write_files
 from fleet.report.grid import Grid, as_csv, as_html, as_markdown, as_text, spreadsheet_cell
-from fleet.report.page import write_comparison, write_page
+from fleet.report.page import without_pages, write_comparison, write_page
 from fleet.report.participation import Group, Part, by_blocks, participation
 from fleet.report.picture import accuracy_picture
 from fleet.report.rounds import refusals, round_line
@@ -32,6 +32,7 @@ __all__ = [
     "run_values",
     "spreadsheet_cell",
     "tables",
+    "without_pages",
     "write_comparison",
     "write_files",
     "write_page",

@@ -1,7 +1,8 @@
 """A run, and a comparison of runs, as one HTML page."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fleet.errors import ConfigError
@@ -15,9 +16,27 @@ from fleet.report.rows import Row
 from fleet.report.style import Picture
 from fleet.report.tables import all_tables
 
+_wanted = True
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Let `write_page` write nothing until the block ends.
+
+    For runs whose folder keeps none: to draw one takes longer than a small run.
+    """
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
 
 def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
     """Write `report.html`: pictures where matplotlib is, tables, and who was refused.
+
+    Nothing within `without_pages`.
 
     Args:
         record: the run that the page is about, where it is written.
@@ -26,6 +45,8 @@ def write_page(record: RunRecord, beside: Sequence[RunRecord] = ()) -> None:
     Raises:
         ConfigError: if there is no run, or the page cannot be written.
     """
+    if not _wanted:
+        return
     rounds = list(record.rounds())
     others = [Line(other.path.name, [read_history(other.rounds())]) for other in beside]
     name, history = record.path.name, read_history(rounds)

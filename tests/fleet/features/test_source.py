@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import fleet.features.source
 from fleet.config import FeatureConfig
 from fleet.data import ImageBatches, load_data
 from fleet.errors import ConfigError
@@ -179,6 +180,33 @@ def test_key_is_all_that_decides_the_features(random_backbone, preprocessing):
         key(change=stem_activation),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+def test_the_key_is_of_the_weights_as_they_are_now(random_backbone, preprocessing, monkeypatch):
+    reads, digest = [], fleet.features.source.digest_of
+    monkeypatch.setattr("fleet.features.source.digest_of", lambda m: reads.append(m) or digest(m))
+    backbone = random_backbone("mobilenet_v3_small", num_classes=2)
+    model = TransferModel(backbone, make_plan(backbone, method="head", blocks=0))
+    first = features_key(model, preprocessing)
+    assert features_key(model, preprocessing) == first
+    frozen = [step.module for step in model.frozen_steps if step.module is not None]
+    assert reads == frozen  # each once
+    norm = backbone.steps[1].module
+    seen, reads[:] = {first}, []
+    with torch.no_grad():
+        norm.running_mean.add_(1)
+    seen.add(features_key(model, preprocessing))
+    norm.bias.data = norm.bias.data + 1
+    seen.add(features_key(model, preprocessing))
+    weight, norm.weight = norm.weight, torch.nn.Parameter(norm.weight.detach() + 1)
+    seen.add(features_key(model, preprocessing))
+    with torch.inference_mode():
+        norm.running_var = norm.running_var + 1
+    for _ in range(2):
+        seen.add(features_key(model, preprocessing))
+        with torch.inference_mode():
+            norm.running_var.add_(1)
+    assert len(seen) == 6 and {*reads} == {norm} and weight is not norm.weight
 
 
 def test_views_are_drawn_again_alike_and_cached_each(data, run, cached):

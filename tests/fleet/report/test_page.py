@@ -4,7 +4,7 @@ import re
 import pytest
 
 from fleet.errors import ConfigError
-from fleet.report import write_page
+from fleet.report import without_pages, write_page
 
 
 def test_the_page_is_one_file_that_names_the_refused_and_escapes_what_they_said(record):
@@ -46,3 +46,13 @@ def test_a_page_that_cannot_be_written_is_an_error_with_the_way_out(record):
     )
     with pytest.raises(ConfigError, match=re.escape(text)):
         write_page(record)
+
+
+def test_a_run_whose_folder_keeps_no_page_has_none_drawn(record, monkeypatch):
+    monkeypatch.setattr("fleet.report.page.run_pictures", lambda *_: pytest.fail("drawn"))
+    with without_pages():
+        write_page(record)
+    assert not record.page_path.exists()
+    monkeypatch.undo()
+    write_page(record)
+    assert record.page_path.is_file()
