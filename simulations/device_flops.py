@@ -9,7 +9,7 @@ import torch
 
 from clients.local_data import local_data
 from fleet.backbones import Backbone, backbone_of
-from fleet.config import ModelConfig, RunConfig
+from fleet.config import DataConfig, LocalConfig, ModelConfig, PlanConfig, RunConfig
 from fleet.measure import dry_run, weightless
 from fleet.mobiletl import TransferModel, first_trained_step
 from fleet.plan import make_plan
@@ -58,14 +58,32 @@ class _Step:
 
 def _per_image(config: RunConfig, client: ClientReport) -> _Step:
     budget = client.metrics.get("budget-bytes")
-    budget = None if budget is None else round(budget)
-    return _count(config, client.blocks, budget)
+    return _count(
+        config.model,
+        config.plan,
+        config.local,
+        _classes(config.data, config.federation.clients, config.seed),
+        proximal=config.federation.objective != "plain",
+        caches=config.features.cache != "off",
+        blocks=client.blocks,
+        budget_bytes=None if budget is None else round(budget),
+    )
 
 
+# Of all else a step's operations do not depend: rows of a comparison mostly share them.
 @lru_cache(maxsize=256)
-def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
-    backbone = _backbone(config)
-    plan, local = config.plan, config.local
+def _count(
+    model: ModelConfig,
+    plan: PlanConfig,
+    local: LocalConfig,
+    classes: tuple[str, ...],
+    *,
+    proximal: bool,
+    caches: bool,
+    blocks: int,
+    budget_bytes: int | None,
+) -> _Step:
+    backbone = _load(model, classes)
     widest = make_plan(
         backbone,
         method=plan.method,
@@ -75,7 +93,6 @@ def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
     )
     own = widest if plan.method in ("head", "full") else widest.narrow(blocks)
     cut = first_trained_step(backbone.steps, widest)
-    proximal = config.federation.objective != "plain"
     stash, batch_size = local.stash, local.batch_size
     if budget_bytes is not None:  # the client left both to the planner
         found = afford_locally(backbone, own, budget_bytes, local, proximal=proximal, cut=cut)
@@ -94,14 +111,14 @@ def _count(config: RunConfig, blocks: int, budget_bytes: int | None) -> _Step:
     return _Step(
         prefix=cost.flops_prefix / batch_size,
         trained=(cost.flops_forward + cost.flops_backward) / batch_size,
-        cached=freezes and config.features.cache != "off",
+        cached=freezes and caches,
     )
 
 
-def _backbone(config: RunConfig) -> Backbone:
-    node = {"partition-id": 0, "num-partitions": config.federation.clients}
-    training, _ = local_data(node, config.data, config.seed)
-    return _load(config.model, training.classes)
+@lru_cache(maxsize=2)
+def _classes(data: DataConfig, clients: int, seed: int) -> tuple[str, ...]:
+    training, _ = local_data({"partition-id": 0, "num-partitions": clients}, data, seed)
+    return tuple(training.classes)
 
 
 @lru_cache(maxsize=2)

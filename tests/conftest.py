@@ -77,30 +77,45 @@ def quick_runs():
 
     Both together take half as long as a small run. That a build gives the same each time is
     tested in fleet/test_backbones, pages with pictures in fleet/report and test_cli; where
-    matplotlib is not installed they have none.
+    matplotlib is not installed they have none. Nor do they freeze what is frozen already, see
+    below: to count it takes a tenth of a small run.
     """
     import fleet.backbones
     from fleet.errors import ConfigError
 
-    own = fleet.backbones.load_backbone
+    own, own_of_a_run = fleet.backbones.load_backbone, fleet.backbones._load
 
-    def copy_of(name, *, classes=None, weights="default", **more):
+    def built(name, *, classes=None, weights="default", **more):
         classes = None if classes is None else tuple(classes)
-        if weights not in ("default", "none"):  # a file may change
-            return own(name, classes=classes, weights=weights, **more)
         facts = (name, classes, weights, *sorted(more.items()))
         if facts not in _BUILT:
             if len(_BUILT) == 8:
                 _BUILT.clear()
             _BUILT[facts] = own(name, classes=classes, weights=weights, **more)
-        return copy.deepcopy(_BUILT[facts])
+        return _BUILT[facts]
+
+    def copy_of(name, *, weights="default", **more):
+        if weights not in ("default", "none"):  # a file may change
+            return own(name, weights=weights, **more)
+        return copy.deepcopy(built(name, weights=weights, **more))
+
+    def kept(config, classes, seed):  # its caller copies it
+        if config.weights not in ("default", "none"):
+            return own_of_a_run(config, classes, seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fleet.backbones.load_backbone", built)
+            return own_of_a_run(config, classes, seed)
+
+    kept.cache_clear = lambda: None
 
     def no_pictures(*arguments):
         raise ConfigError("pictures need matplotlib")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fleet.backbones.load_backbone", copy_of)
+        patch.setattr("fleet.backbones._kept", kept)
         patch.setattr("fleet.report.page.run_pictures", no_pictures)
+        patch.setattr("simulations.local_engine.LocalGrid._freeze", lambda grid: None)
         yield
 
 

@@ -93,7 +93,7 @@ def on_terminal(
             function()
             code = 0
         except SystemExit as ended:
-            code = ended.code or 0
+            code = _code_of(ended)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -123,6 +123,11 @@ def standard_files() -> None:
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1)  # noqa: SIM115
 
 
+def _code_of(ended: SystemExit) -> int:
+    """As Python's own end has it: a text is an error."""
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
 def _pipe() -> tuple[IO, IO]:
     read, write = os.pipe()
     return os.fdopen(read), os.fdopen(write, "w")
@@ -141,7 +146,7 @@ def _work(function: Callable[[], None], *standard: int) -> None:
         function()
         code = 0
     except SystemExit as ended:
-        code = ended.code or 0
+        code = _code_of(ended)
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     finally:

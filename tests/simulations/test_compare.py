@@ -1,7 +1,6 @@
 """Comparisons that really run: what is there is kept, what is damaged or failed is told.
 
-Those that the command runs have workers of their own; those of the rest are forks of this
-process and need import nothing.
+Their workers are forks of this process and need import nothing, but where a command is ended.
 """
 
 import csv
@@ -301,37 +300,73 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "0 of 1" in (tmp_path / "out" / "table.md").read_text()
 
 
+PATIENT = """
+import time
+from pathlib import Path
+
+from strategies.aggregation import weighted_mean
+
+HERE = Path(__file__).parent
+
+
+def rule(updates):
+    ended = HERE.glob("out/runs/*/cell.json")
+    while len([*ended]) >= int((HERE / "may").read_text()):
+        time.sleep(0.02)
+        ended = HERE.glob("out/runs/*/cell.json")
+    return weighted_mean(updates)
+"""
+
+
 @pytest.fixture
-def sweep(tmp_path):
-    """Function that starts a command of three cells; every call starts the same one."""
-    command = [*FLEET, "compare", "--out", str(tmp_path / "out")]
-    command += ["--seeds", "3", *(f"--set={key}={value}" for key, value in SMALL.items())]
+def sweep(tmp_path, monkeypatch):
+    """Function that starts a command of three cells; every call starts the same one.
+
+    Its rule waits where as many cells have ended as `may` says.
+    """
+    (tmp_path / "patient.py").write_text(PATIENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    command = ["compare", "--out", str(tmp_path / "out"), "--seeds", "3"]
+    settings = SMALL | {"rounds": 1, "rule": "patient:rule"}
+    command += [f"--set={key}={value}" for key, value in settings.items()]
     started = []
 
-    def start():
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    def start(as_fork):
+        # Either has workers that are processes of their own.
+        if not as_fork:
+            process = subprocess.Popen([*FLEET, *command], stderr=subprocess.PIPE, text=True)
+            started.append((process, process.stderr))
+            return started[-1]
+        read, write = os.pipe()
+        with open(write, "w") as errors:
+            process = Forked(lambda: main(command), errors)
+        started.append((process, os.fdopen(read)))
         return started[-1]
 
     yield start
-    for process in started:
+    for process, errors in started:
         process.kill()
         process.wait()
-        process.stderr.close()
+        errors.close()
 
 
 @pytest.mark.parametrize(
-    "number",
+    ("as_fork", "number"),
     [
-        signal.SIGINT,
-        # Ends a run as Ctrl-C does, which tests of stopping hold.
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        (True, signal.SIGINT),
+        # The command as the process that it is; and what ends a run as Ctrl-C does, which
+        # tests of stopping hold.
+        pytest.param(False, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
-    sweep, tmp_path, number
+    sweep, tmp_path, as_fork, number
 ):
-    process, runs = sweep(), tmp_path / "out" / "runs"
-    assert "1 of 3: as set, seed 0" in process.stderr.readline()
+    (tmp_path / "may").write_text("1")
+    (process, errors), runs = sweep(as_fork), tmp_path / "out" / "runs"
+    assert "1 of 3: as set, seed 0" in errors.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 300
@@ -339,15 +374,16 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
         time.sleep(0.1)  # its worker notices, and clears up
     assert len(list(runs.iterdir())) == 1
 
-    process = sweep()
-    assert "1 of 3 runs are there already" in process.stderr.readline()
-    assert "2 of 3: as set, seed 1" in process.stderr.readline()
+    (tmp_path / "may").write_text("2")
+    process, errors = sweep(as_fork)
+    assert "1 of 3 runs are there already" in errors.readline()
+    assert "2 of 3: as set, seed 1" in errors.readline()
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
-    process.send_signal(number)
+    os.kill(process.pid, number)
     assert process.wait(timeout=300) == 128 + number
     assert not [worker for worker in workers if lives(worker)]
-    said = process.stderr.read()
+    said = errors.read()
     assert f"stopped; the same command goes on with what is in {tmp_path / 'out'}" in said
     assert "Traceback" not in said
     assert len(list(runs.iterdir())) == 2
