@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 # What is imported where it is needed, as far as a run may need it.
 EVERYTHING = {
     **SMALL,
+    "backbone": "mobilenet_v3_small",
+    "weights": "none",
+    "learning-rate": 1e-6,  # a head on features of random weights makes gradients vast
     "clients": 2,
     "rounds": 1,
     "method": "mobiletl",

@@ -12,6 +12,8 @@ from simulations.attacks import hostile_clients
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
 SMALL = {
+    "backbone": "mobilenet_v3_small",
+    "weights": "none",
     "clients": 2,
     "rounds": 1,
     "train-examples": 60,
@@ -20,6 +22,7 @@ SMALL = {
     "local-epochs": 1,
     "blocks": "0,1",
 }
+PRETRAINED = SMALL | {"backbone": "efficientnet_lite0", "weights": "default"}
 
 
 def test_a_run_reports_its_rounds_in_order_and_its_replies(tmp_path):
@@ -56,7 +59,7 @@ def test_a_run_directory_that_holds_a_run_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"blocks": "17"}, "blocks is 17, efficientnet_lite0 has 16; choose 0 to 16"),
+        ({"blocks": "17"}, "blocks is 17, mobilenet_v3_small has 11; choose 0 to 11"),
         ({"clients": 100}, "60 examples cannot be dealt out to 100 clients; use fewer"),
         ({"strategy": "fedsgd"}, "unknown strategy fedsgd; known: fedavg, fedavgm, fedadam"),
         ({"clients": 1}, "min-clients is 2, and the fleet has 1 clients; lower it, or raise"),
@@ -191,7 +194,7 @@ def test_a_run_that_fails_on_flower_says_why(tmp_path, one_ray):
         simulate(settings, engine="flower")
 
 
-UNLIKE = SMALL | {
+UNLIKE = PRETRAINED | {
     "clients": 3,
     "rounds": 2,
     "train-examples": 90,
@@ -279,7 +282,7 @@ def test_a_folder_does_not_take_the_place_of_a_built_in_name(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits" / "cat").mkdir(parents=True)
     (tmp_path / "default").mkdir()
-    settings = tomllib.loads(simulate(SMALL).config_path.read_text())["settings"]
+    settings = tomllib.loads(simulate(PRETRAINED).config_path.read_text())["settings"]
     assert (settings["data"], settings["weights"]) == ("digits", "default")
 
 
@@ -305,7 +308,7 @@ def test_flower_s_log_is_as_loud_after_a_run_as_before(tmp_path):
     assert logging.getLogger("flwr").level == level
 
 
-HEAD = SMALL | {"method": "head", "clients": 4, "train-examples": 120}
+HEAD = PRETRAINED | {"method": "head", "clients": 4, "train-examples": 120}
 
 
 def test_a_fleet_of_sign_flippers_takes_the_head_from_zero_to_where_it_would_go_and_not(tmp_path):

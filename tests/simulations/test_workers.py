@@ -368,7 +368,7 @@ def test_workers_that_start_afresh_take_an_app_that_can_be_imported(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     import app_for_workers
 
-    pool = WorkerPool(LocalClients(app_for_workers.app, 3, {}, tmp_path), 2, "spawn")
+    pool = WorkerPool(LocalClients(app_for_workers.app, 3, {}, tmp_path), 1, "spawn")
     try:
         asked = [Message(RecordDict(), node, "train") for node in (2, 3, 4)]
         for i, message in enumerate(asked):

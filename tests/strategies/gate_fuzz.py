@@ -170,6 +170,7 @@ def fuzz(examples: int, plan: UpdatePlan, codec: str, expected: FleetStrategy, s
 
 
 def main(examples: int) -> None:
+    gc.freeze()  # what is imported stays: each collection would look through it
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     for field in ("_run_id", "_node_id", "_task_id"):
         setattr(TaskIdentity, field, 1)
