@@ -20,12 +20,14 @@ import pytest
 from click.testing import CliRunner
 
 from fleet.cli import main
+from fleet.config import default_settings, read_config
 from fleet.errors import ConfigError
-from fleet.records import RunRecord
+from fleet.records import ClientReport, RoundReport, RunRecord
 from simulations import cell_worker, compare, frame
 from simulations.cells import Keys
 from simulations.compare import load_recipe, redraw
 from simulations.comparison import COLUMNS
+from simulations.device_flops import device_flops
 from simulations.recipe import recipe_of
 from tests.commands import FLEET
 from tests.forked import Forked
@@ -48,6 +50,12 @@ def start_fork(process):
 def first(tmp_path_factory, quick_runs):
     """A comparison of two rows and two seeds, and the cells that it told of."""
     told = []
+    head = ClientReport(name="any", blocks=0, num_examples=1, loss=1, peak_bytes=1, seconds=1)
+    # Counted here, a step's operations are known to all that are forked.
+    device_flops(
+        read_config(default_settings() | SMALL),
+        [RoundReport(server_round=1, accuracy=None, loss=None, clients=(head,))],
+    )
     folder = tmp_path_factory.mktemp("comparison") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("simulations.cell_pool._Process._start", start_fork)

@@ -295,7 +295,7 @@ def test_a_run_in_which_nobody_could_train_is_no_success(tmp_path):
 
 
 def test_a_server_that_diverges_stops_with_the_last_good_model(tmp_path):
-    settings = SMALL | {"server-learning-rate": 1e30, "run-dir": str(tmp_path / "run")}
+    settings = PRETRAINED | {"server-learning-rate": 1e30, "run-dir": str(tmp_path / "run")}
     with pytest.raises(FleetError, match=r"loss is (nan|inf) after round 1 with server-learning-r"):
         simulate(settings)
     tensors = load_file(tmp_path / "run" / "model.safetensors")
