@@ -44,10 +44,11 @@ def main() -> None:
     try:
         while (task := tasks.get()) is not None:
             _answer(task, answers)
-            # What it has imported stays: to look through that takes as long as a small run, and
-            # each further one would, before its first client.
-            gc.collect()
-            gc.freeze()
+            if not gc.get_freeze_count():
+                # What the first has imported stays: to look through that takes as long as a small
+                # run, and each further one would, before its first client.
+                gc.collect()
+                gc.freeze()
     except KeyboardInterrupt:
         os._exit(130)  # what was under way is cleared; nobody waits for an answer
 
