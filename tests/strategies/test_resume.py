@@ -267,8 +267,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, scripted_grid):
 
 def test_the_checkpoint_of_another_run_is_refused_and_no_round_is_lost(tmp_path, scripted_grid):
     fleet = Fleet(scripted_grid)
-    for name in ("run", "other"):
-        fleet.run(tmp_path / name)
+    fleet.run(tmp_path / "run")
+    fleet.run(tmp_path / "other", clients=dict(list(BLOCKS.items())[1:]))
     own = tmp_path / "run" / "checkpoints"
     own.rename(tmp_path / "own")
     shutil.copytree(tmp_path / "other" / "checkpoints", own)
