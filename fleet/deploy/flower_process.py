@@ -11,7 +11,7 @@ from pathlib import Path
 # A task waits until somebody looks for it: Flower's own interval is 1 s, and every look costs
 # CPU for as long as nothing happens. A device has a task for every message of a round, the
 # server one for a whole run.
-SERVER_POLL_SECONDS, DEVICE_POLL_SECONDS = 0.5, 0.4
+SERVER_POLL_SECONDS, DEVICE_POLL_SECONDS = 1.0, 0.4
 # Of a piece of a tensor. Flower's 5 MiB take 11 minutes at 64 kbit/s; a server gives up a
 # reply of which nothing more has come for 3, and a reset begins a piece anew.
 CHUNK_BYTES = 256 * 1024

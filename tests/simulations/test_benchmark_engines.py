@@ -7,6 +7,8 @@ from simulations.benchmark_engines.__main__ import start_table, table
 from simulations.benchmark_engines.measure import JOBS, Cost, Engine, engines, read_cost, run_job
 
 
+# What the engine computes is held in test_launch and fleet/test_train; these run the benchmark.
+@pytest.mark.slow
 def test_our_engine_computes_what_the_plain_loop_does():
     loop, ours = (run_job(engine, (1, 2, 4)) for engine in engines(None)[:2])
     assert loop.result == ours.result
@@ -15,7 +17,7 @@ def test_our_engine_computes_what_the_plain_loop_does():
     assert min(loop.peak_bytes, ours.peak_bytes) > 2**26  # PyTorch alone takes more
 
 
-@pytest.mark.slow  # the small job above takes the same path
+@pytest.mark.slow
 def test_our_engine_computes_what_the_plain_loop_does_with_mobilenet_too():
     job = JOBS["mobilenet"]
     loop, ours = (run_job(engine, (1, 2, 4)) for engine in engines(None, job)[:2])
@@ -49,6 +51,7 @@ def test_a_cost_is_of_the_rounds_between_two_looks():
     assert (cost.import_seconds, cost.start_cpu_seconds, cost.job_seconds) == (2.5, 1.25, 25.0)
 
 
+@pytest.mark.slow
 def test_the_command_itself_is_timed_to_the_end_of_its_first_round():
     (engine,) = engines(None, JOBS["simulate"])
     cost = run_job(engine, (1, 2, 3))

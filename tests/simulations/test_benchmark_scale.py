@@ -245,6 +245,7 @@ def test_commits_of_a_table_are_all_told():
     assert "\nCommits abc, def, " in _made_by(made) and "data cifar10." in _made_by(made)
 
 
+@pytest.mark.slow  # the soak above takes the same way through the benchmark
 @pytest.mark.usefixtures("forks")
 def test_every_stash_asked_for_is_a_row_and_weights_need_not_be_at_hand(tmp_path):
     words = "methods --clients 2 --rounds 3 --repeats 1 --images 4 --image-size 32"

@@ -59,6 +59,9 @@ def _run_once(checkout, path, *arguments):
     )
 
 
+# Flower's runtime as `simulate` starts it, by the same command, is held in test_launch; that the
+# checkout is an app with our settings, below.
+@pytest.mark.slow
 def test_flwr_run_takes_our_settings_and_leaves_the_checkout_as_it_is(one_ray, checkout, tmp_path):
     before = (checkout / "pyproject.toml").read_text()
     run_dir = tmp_path / "run"

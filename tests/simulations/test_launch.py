@@ -148,7 +148,10 @@ def test_both_engines_end_with_the_same_tensors(tmp_path, one_ray):
             *({"objective": "feddyn", "strategy": "feddyn", "rule": "mean"}, {}, (1, 3)),
             marks=pytest.mark.slow,
         ),
-        ({"head-start": True, "goal": 3}, {"attack": "label_flip", "hostile": 0.5}, (1, 3)),
+        pytest.param(
+            *({"head-start": True, "goal": 3}, {"attack": "label_flip", "hostile": 0.5}, (1, 3)),
+            marks=pytest.mark.slow,
+        ),
         (
             {"evaluation": "clients", "validation-fraction": 0.2},
             {"attack": "alie", "hostile": 0.5},
@@ -335,6 +338,7 @@ def test_hostile_replies_that_are_no_numbers_are_refused_and_the_run_goes_on(tmp
     assert np.isfinite(record.summary()["accuracy"])
 
 
+@pytest.mark.slow  # whose labels are flipped, and how, is in test_hostile
 def test_labels_that_are_flipped_everywhere_are_learnt_flipped(tmp_path):
     settings = HEAD | {"train-examples": 400, "test-examples": 100, "rounds": 3}
     honest, flipped = (

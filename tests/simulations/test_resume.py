@@ -109,7 +109,10 @@ def test_a_run_that_was_killed_goes_on_from_the_command_line_bit_for_bit(tmp_pat
     "settings",
     [
         {"strategy": "flwr.serverapp.strategy:FedAdam", "blocks": "1", "codec-down": "int8"},
-        {"evaluation": "clients", "validation-fraction": 0.2, "local-norms": True},
+        pytest.param(
+            {"evaluation": "clients", "validation-fraction": 0.2, "local-norms": True},
+            marks=pytest.mark.slow,
+        ),
         {"head-start": True, "objective": "feddyn", "strategy": "feddyn", "rule": "mean"},
     ],
     ids=["Flower's own", "clients evaluate, local norms", "head start, feddyn"],

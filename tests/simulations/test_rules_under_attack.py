@@ -50,9 +50,11 @@ def test_the_default_rule_costs_nothing_without_an_attack(accuracy):
 @pytest.mark.parametrize(
     "attack",
     [
-        *("sign_flip:10", "alie:1.5", "label_flip"),
-        # One that goes against the mean, as sign_flip does; and one that the gate sees to.
-        *(pytest.param(attack, marks=pytest.mark.slow) for attack in ("ipm:0.5", "nan")),
+        "sign_flip:10",  # the worst of them for a mean; what each sends is in test_attacks
+        *(
+            pytest.param(attack, marks=pytest.mark.slow)
+            for attack in ("alie:1.5", "label_flip", "ipm:0.5", "nan")
+        ),
     ],
 )
 def test_the_default_rule_withstands_a_fifth_of_hostile_clients(accuracy, attack):

@@ -101,6 +101,7 @@ def thawed():
     gc.freeze()
 
 
+@pytest.mark.slow  # it is why collections leave out what is there, which the next test holds
 def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of, thawed):
     objects = [[i] for i in range(400_000)]  # a collection writes to the head of each
     grid = grid_of(lambda message, context: {"answer": 1})
@@ -113,7 +114,7 @@ def test_pages_that_workers_share_are_not_copied_by_a_collection(grid_of, thawed
     assert not gc.get_freeze_count()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_there_before_the_first_client_is_left_out_of_collections(grid_of, thawed, workers):
     grid = grid_of(lambda message, context: {"answer": gc.get_freeze_count()}, workers=workers)
     assert not gc.get_freeze_count()
