@@ -185,27 +185,31 @@ class _SigningState:
         return self._state.store_app(fab=replace(fab, verifications=signatures), **others)
 
 
-def renew_claims(linkstate: Any) -> None:
-    """Count from now on for how long nothing was heard of a task whose process lives.
+def renew_patience(linkstate: Any) -> None:
+    """Count from now on for how long nothing was heard of devices and of tasks that run.
 
-    While no SuperLink was there, nothing could be heard: a task that runs well would be taken
-    for dead by the first who asks for anything.
+    While no SuperLink was there, nothing could be heard: those that are well would be taken for
+    dead by the first who asks for anything. Of a task its process has to live.
 
     Args:
         linkstate: Flower's, of a SuperLink that is about to serve.
     """
     from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
+    from flwr.supercore.constant import NodeStatus
     from flwr.supercore.date import now
     from flwr.supercore.state.schema.corestate_models import Task
+    from flwr.supercore.state.schema.linkstate_models import Node
 
-    patience = timedelta(seconds=HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
+    until = now() + timedelta(seconds=HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
     with linkstate.session() as session:
+        online = update(Node).where(Node.status == NodeStatus.ONLINE)
+        session.execute(online.values(online_until=until.timestamp()))
         of_running = select(Task.token).where(
             Task.token.is_not(None), Task.running_at.is_not(None), Task.finished_at.is_(None)
         )
         if tokens := set(session.scalars(of_running)) & _words_of_processes():
             alive = update(Task).where(Task.token.in_(tokens))
-            session.execute(alive.values(active_until=now() + patience))
+            session.execute(alive.values(active_until=until))
 
 
 def _words_of_processes() -> set[str]:
@@ -240,7 +244,7 @@ def main() -> None:
     class Lifespan(SuperLinkLifespan):
         def startup(self) -> None:
             super().startup()
-            renew_claims(self.state_factory.state())
+            renew_patience(self.state_factory.state())
 
     app = create_app(config, Lifespan)
     _add_status_route(app)

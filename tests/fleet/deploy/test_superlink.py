@@ -13,6 +13,7 @@ import pytest
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.date import now
 from flwr.supercore.state.schema.corestate_models import Task
+from flwr.supercore.state.schema.linkstate_models import Node
 from sqlalchemy import update
 
 from fleet.deploy.app_bundle import build_app
@@ -23,7 +24,7 @@ from fleet.deploy.superlink import (
     keep_signatures,
     listening_sockets,
     may_pass,
-    renew_claims,
+    renew_patience,
 )
 
 OUTSIDE, LOOPBACK = ("192.168.1.77", 40000), ("127.0.0.1", 40000)
@@ -226,7 +227,7 @@ def process_of(token):
 def test_a_task_whose_process_lives_is_not_dead_for_what_no_superlink_could_hear(linkstate, silent):
     (lives, its_token), (dead, _) = silent
     with process_of(its_token):
-        renew_claims(linkstate)
+        renew_patience(linkstate)
     assert linkstate.acknowledge_task_heartbeat(lives)
     assert not linkstate.acknowledge_task_heartbeat(dead)
     (task,) = linkstate.get_tasks(task_ids=[dead])
@@ -237,5 +238,17 @@ def test_a_task_that_was_taken_for_dead_stays_so(linkstate, silent):
     (dead, its_token), _ = silent
     assert not linkstate.acknowledge_task_heartbeat(dead)
     with process_of(its_token):
-        renew_claims(linkstate)
+        renew_patience(linkstate)
     assert not linkstate.acknowledge_task_heartbeat(dead)
+
+
+def test_a_device_is_not_offline_for_what_no_superlink_could_hear(linkstate):
+    nodes = [linkstate.create_node("aid", "name", key, 30) for key in (b"here", b"left")]
+    for node in nodes:
+        linkstate.activate_node(node, 30)
+    linkstate.deactivate_node(nodes[1])
+    with linkstate.session() as session:
+        session.execute(update(Node).values(online_until=now().timestamp() - 3600))
+    renew_patience(linkstate)
+    assert device_status(linkstate, b"here") == {"status": "online"}
+    assert device_status(linkstate, b"left") == {"status": "offline"}
