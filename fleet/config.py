@@ -424,10 +424,13 @@ def closest_first(word: str, known: Iterable[str]) -> list[str]:
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:
     """What an error says of a setting that there is not; there are too many to name them all."""
-    first, second, third, *others = closest_first(key, known)
+    known = list(known)
+    near = difflib.get_close_matches(key, known)
+    if not near:
+        return f"unknown setting {key}; fleet simulate --help lists the {len(known)} that there are"
     return (
-        f"unknown setting {key}; known: {first}, {second}, {third} and {len(others)} more, "
-        f"which fleet simulate --help lists"
+        f"unknown setting {key}; known: {', '.join(near)} and {len(known) - len(near)} more, which "
+        f"fleet simulate --help lists"
     )
 
 

@@ -256,7 +256,13 @@ def parse_axis(text: str) -> tuple[str, list[Value]]:
     if not equals or not name:
         raise ConfigError(f"--vary takes KEY=VALUE,VALUE, got {text!r}")
     _check_names("--vary", {name: written})
-    values = next(csv.reader([written], strict=True), [""])
+    try:
+        values = next(csv.reader([written], strict=True), [""])
+    except csv.Error as error:
+        raise ConfigError(
+            f"--vary {name}: cannot read {written} ({error}); a value with commas is one in double "
+            f'quotes, as "1,3,5",5'
+        ) from error
     is_text = name in _of_text()
     return name, [read_value(value, f"--vary {name}", is_text) for value in values]
 
@@ -369,7 +375,9 @@ def _listed(noun: str, values: Any, known: Sequence[str], where: str = "") -> tu
     for value in values:
         if value not in known:
             raise ConfigError(where + unknown(noun, value, known))
-    return tuple(dict.fromkeys(values))
+        if list(values).count(value) > 1:
+            raise ConfigError(f"{where}{noun}s have {value} twice; leave one out")
+    return tuple(values)
 
 
 def _word(value: Value) -> str:

@@ -40,7 +40,11 @@ _NAME = 24  # characters of a row's name that a line has room for
 @click.option("--columns", help="Of the table, as accuracy,bytes-up.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at once, a process each.")
 @click.option("--keep-models", is_flag=True, help="Keep every run's model and page.")
-@click.option("--yes", is_flag=True, help=f"Do not ask about more than {_MANY:,} runs.")
+@click.option(
+    "--yes",
+    is_flag=True,
+    help=f"Do not ask about more than {_MANY:,} runs, nor refuse them without a terminal.",
+)
 @format_option("text", "json", "md", "csv")
 def command(
     recipe: Path | None,
@@ -56,6 +60,9 @@ def command(
     output_format: str,
 ) -> None:
     """Compare runs: those of a RECIPE (TOML), changed and completed by the options.
+
+    As: fleet compare --vary strategy=fedavg,fedadam --seeds 3 --out runs/mine. Settings are those
+    that fleet simulate --help lists; ready recipes are in simulations/recipes.
 
     Runs that are there are not run again; the same command goes on where it was stopped.
     """
@@ -100,6 +107,11 @@ def _asked(
                 f"--columns names none, got {columns!r}; name some, as accuracy,bytes-up, or leave "
                 f"it out for all"
             )
+    if recipe is None and not {"vary", "settings", "seeds"} & values.keys():
+        raise ConfigError(
+            "nothing to compare; give a recipe, as simulations/recipes/strategies.toml, or an "
+            "axis, as --vary strategy=fedavg,fedadam"
+        )
     return load_recipe(values)
 
 

@@ -98,7 +98,7 @@ def test_a_message_that_is_no_task_is_answered_with_its_reason(ask):
 
 def test_a_setting_that_the_client_does_not_know_is_answered_with_its_reason(ask):
     reply = ask("query", settings=SETTINGS | {"colour": "red"})
-    assert reply.error.reason.startswith("unknown setting colour; known: ")
+    assert reply.error.reason.startswith("unknown setting colour; fleet simulate --help lists the ")
 
 
 def test_faults_of_the_program_are_not_hidden(ask, monkeypatch):

@@ -100,7 +100,7 @@ class Heard:
     [
         ({"settings": "x"}, "settings must be a mapping from names to values, .*; got 'x'$"),
         ({"settings": ["rounds"]}, r"settings must be a mapping .*; got \['rounds'\]$"),
-        ({"settings": {1: 2, "x": 3}}, "^unknown setting 1; known: "),
+        ({"settings": {1: 2, "x": 3}}, "^unknown setting 1; fleet simulate --help lists"),
         ({"callbacks": Callback()}, "callbacks must be a list of simulations.Callback, got <.*li"),
         (
             {"callbacks": [Callback(), Heard()]},

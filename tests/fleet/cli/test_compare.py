@@ -18,3 +18,12 @@ def test_it_can_be_stopped_from_its_first_moment_on(monkeypatch, tmp_path, while
     assert result.output == (
         f"stopped; the same command goes on with what is in {tmp_path / 'out'}\n"
     )
+
+
+def test_nothing_to_compare_is_said_with_what_could_be(tmp_path):
+    result = CliRunner().invoke(main, ["compare", "--target", "0.5", "--out", f"{tmp_path}/out"])
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    assert result.output == (
+        "Error: nothing to compare; give a recipe, as simulations/recipes/strategies.toml, or an "
+        "axis, as --vary strategy=fedavg,fedadam\n"
+    )
