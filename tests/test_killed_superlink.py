@@ -32,7 +32,7 @@ from tests.deployment import (
 )
 
 DEVICES = ("pi-01", "pi-02")
-SETTINGS = SMALL_RUN | {"rounds": 10, "min-clients": 2, "round-timeout": 90}
+SETTINGS = SMALL_RUN | {"rounds": 10, "min-clients": 2, "round-timeout": 240}
 RUN_SECONDS = 900
 AWAY_SECONDS = 75.0
 MOST_SECONDS = 10.0  # from a round's end to the next kill: somewhat longer than a round
