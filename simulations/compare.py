@@ -11,6 +11,7 @@ from typing import Any
 from fleet.config import default_settings, read_config, read_toml
 from fleet.errors import ConfigError, FleetError
 from fleet.records import RunRecord
+from fleet.report.names import printable
 from simulations.adversity import OF_ADVERSITY, Adversity
 from simulations.cell_pool import OnRound, run_cells
 from simulations.cells import Cell, CellFolders, Keys
@@ -185,7 +186,7 @@ def _rows_of(asked: Recipe, folder: Path, cells: Sequence[Mapping[str, Any]]) ->
         told = {key: cell[key] for key in OF_ADVERSITY if key in cell}
         group = group_of(asked.within, settings, cell["engine"], 1, Adversity(**told))
         variant = Variant(
-            name=name,
+            name=printable(name),
             settings=settings,
             engine=cell["engine"],
             workers=1,

@@ -19,7 +19,8 @@ A recipe is a TOML file or a mapping of the same form:
     strategy = "fedadam"
     server-learning-rate = 0.01
 
-Everything is optional. Names are those of `fleet simulate`; `codec` sets both links'.
+Everything is optional. What cannot be printed, in the title and in rows' names, becomes �,
+for terminals would obey it. Names are those of `fleet simulate`; `codec` sets both links'.
 A table [simulation], as a run's config.toml has, counts as a part of [settings]. That
 file itself is a recipe of one run, its seed's; so is a file of settings alone.
 """
@@ -45,6 +46,7 @@ from fleet.config import (
     unknown_setting,
 )
 from fleet.errors import ConfigError
+from fleet.report.names import printable
 from simulations.adversity import OF_SIMULATION, Adversity, told_apart
 from simulations.launch import ENGINES, check_workers
 from strategies.algorithm import algorithm
@@ -208,7 +210,7 @@ def recipe_of(values: Mapping[str, Any], columns: Sequence[str]) -> Recipe:
                 f"into settings"
             )
     return Recipe(
-        title=title,
+        title=printable(title.strip()),
         seeds=_seeds(values.get("seeds", 1)),
         target=_target(values.get("target")),
         columns=_listed("column", values.get("columns", []), columns),
@@ -341,6 +343,7 @@ def _rows(values: Any) -> Iterator[tuple[str, Mapping[str, Value]]]:
         name = row.get("name")
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"row {number} needs a name, which is text; got {name!r}")
+        name = printable(name)
         if name in seen:
             raise ConfigError(f"two rows are named {name}; rename one")
         seen.add(name)
@@ -381,4 +384,5 @@ def _listed(noun: str, values: Any, known: Sequence[str], where: str = "") -> tu
 
 
 def _word(value: Value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as names of rows have it."""
+    return str(value).lower() if isinstance(value, bool) else printable(str(value))

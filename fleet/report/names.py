@@ -19,7 +19,7 @@ def labels(names: Sequence[str], most: int, lines: int = 1) -> list[str]:
         most: characters of a line.
         lines: of a name at most.
     """
-    shown = ["".join(c if c.isprintable() else "�" for c in name) for name in names]
+    shown = [printable(name) for name in names]
     if all(len(name) <= most for name in shown):
         return shown
 
@@ -36,6 +36,11 @@ def labels(names: Sequence[str], most: int, lines: int = 1) -> list[str]:
     else:
         shown = _cut(shown, most * lines, fits)
     return ["\n".join((_broken if fits(name) else _pieces)(name, most)) for name in shown]
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey or a page would turn round: � in its place."""
+    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def lines_in(shown: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """What a comparison's recipe says, and what it must not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import simulations
 from fleet.errors import ConfigError
 from simulations import compare
-from simulations.compare import load_recipe
+from simulations.compare import load_recipe, read_comparison
 from simulations.comparison import COLUMNS
 from simulations.recipe import parse_axis, parse_seeds, parse_setting
 
@@ -199,3 +200,37 @@ def test_settings_alone_are_a_recipe_of_one_run():
 def test_every_column_of_the_issue_is_there():
     assert {"accuracy", "rounds-to-target", "bytes-to-target", "client-memory", "device-flops",
             "seconds", "refused"} <= COLUMNS.keys()  # fmt: skip
+
+
+EVIL = "\x1b[31mred\n\u202eturned\x00"
+HARMLESS = "�[31mred��turned�"
+
+
+def test_what_a_terminal_would_obey_is_in_no_title_and_no_name():
+    asked = recipe(title=EVIL, rows=[{"name": EVIL}], vary={"data": ["digits", f"{EVIL}:x"]})
+    assert asked.title == HARMLESS
+    assert [name for name, _ in asked.rows] == [HARMLESS]
+    assert asked.as_toml().count(HARMLESS) == 2
+    names = [variant.name for variant in asked.variants()]
+    assert names == [f"{HARMLESS}, data=digits", f"{HARMLESS}, data={HARMLESS}:x"]
+    assert asked.variants()[1].settings["data"] == f"{EVIL}:x"  # a path may be what it likes
+    asked = recipe(rows=[{"name": "é 日本 “x”"}])  # other scripts stay
+    assert [v.name for v in asked.variants()] == ["é 日本 “x”"]
+
+
+def test_names_that_differ_only_in_what_cannot_be_printed_are_the_same():
+    with pytest.raises(ConfigError, match="two rows are named a�; rename one"):
+        recipe(rows=[{"name": "a\n"}, {"name": "a\x1b"}])
+    with pytest.raises(ConfigError, match="vary: data has a� twice; leave one out"):
+        recipe(vary={"data": ["a\n", "a\x1b"]})
+
+
+def test_nor_is_it_in_those_of_a_comparison_that_an_older_version_wrote(tmp_path):
+    title, name = '"\\u001b[31mred\\n\\u202eturned\\u0000"', json.dumps(EVIL)
+    (tmp_path / "recipe.toml").write_text(f"title = {title}\n[[rows]]\nname = {title}\n")
+    (variant,) = recipe().variants()
+    cell = {"seed": 0, "status": "failed", "reason": "killed", "details": "", "engine": "local"}
+    cell |= {"settings": dict(variant.settings)}
+    (tmp_path / "cells.jsonl").write_text(f'{{"row": {name}, {json.dumps(cell)[1:]}\n')
+    table = read_comparison(tmp_path).table()
+    assert table.title == table.rows[0][0] == HARMLESS
