@@ -64,9 +64,7 @@ def accuracy_by_row(outcomes: Sequence[Outcome]) -> Picture | None:
     return Picture(
         "accuracy-by-row",
         "Accuracy of each row" + (" within its group" if len(groups) > 1 else ""),
-        "After the last round, mean over seeds; bar: its 95 % interval. Upright, and the open "
-        "point: the first row"
-        + (" of the group." if len(groups) > 1 else ".")
+        _caption(outcomes, len(groups) > 1)
         + (f" Without an accuracy: {', '.join(missing)}." if missing else ""),
         "; ".join(
             (f"{group}: " if group else "")
@@ -79,6 +77,21 @@ def accuracy_by_row(outcomes: Sequence[Outcome]) -> Picture | None:
         )
         + ".",
         figure,
+    )
+
+
+def _caption(outcomes: Sequence[Outcome], grouped: bool) -> str:
+    """How to read it; of an interval only where one is drawn."""
+    known = [outcome for outcome in outcomes if _is_known(outcome)]
+    alone = [outcome for outcome in known if math.isnan(outcome.half_width)]
+    if len(alone) == len(known):
+        what = "After the last round, of one seed, so without an interval."
+    else:
+        what = "After the last round, mean over seeds. Thick bar: its 95 % interval"
+        what += "; a row of one seed has none." if alone else "."
+    return (
+        f"{what} Diamond and upright line: the first row{' of the group' if grouped else ''}. "
+        f"Dotted: from there to the row's own point, how much it gains or loses."
     )
 
 
@@ -101,8 +114,7 @@ def _draw(axes: "Axes", held: Sequence[Outcome], places: Sequence[int]) -> None:
         if not math.isnan(one.half_width):
             low, high = one.accuracy - one.half_width, one.accuracy + one.half_width
             axes.hlines(place, max(0.0, low), min(100.0, high), color=blue, lw=3.5, alpha=0.35)
-        inside = "white" if one is first else blue
-        axes.plot(one.accuracy, place, "o", ms=6, color=blue, mfc=inside, mew=1.4)
+        axes.plot(one.accuracy, place, "D" if one is first else "o", ms=6, color=blue)
     axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.tick_params(axis="y", length=0)
