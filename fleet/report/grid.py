@@ -65,7 +65,8 @@ def as_html(grid: Grid) -> str:
     rows = "".join(
         "<tr>"
         + "".join(
-            f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)
+            f"<td{kind}>{_breakable(cell) if kind else html.escape(cell)}</td>"
+            for kind, cell in zip(kinds, row, strict=True)
         )
         + "</tr>"
         for row in grid.rows
@@ -112,6 +113,11 @@ def spreadsheet_cell(cell: str) -> str:
 
 def _is_words(grid: Grid, column: int) -> bool:
     return (grid.named and column == 0) or any(len(row[column]) > _WORDS for row in grid.rows)
+
+
+def _breakable(text: str) -> str:
+    """Words as HTML that may go on in a new line behind `=` and a comma, not only a space."""
+    return re.sub(r"([=,])(?=\S)", r"\1<wbr>", html.escape(text))
 
 
 def _marked(text: str) -> str:

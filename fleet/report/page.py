@@ -156,23 +156,33 @@ def _write(path: Path, page: str, then: str) -> None:
         ) from error
 
 
-# Long names and reasons break anywhere, tables scroll: a phone's page is no wider than it.
+# Long words break, tables scroll: a phone's page is no wider than it. A page is as wide as its
+# tables, where there is room. Where a table goes on beyond an edge, a shadow shows it: one is at
+# each edge, and a white cover that moves with the table lies on it where the table ends.
 _STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;margin:0;
 overflow-wrap:anywhere}
-main{max-width:64rem;margin:0 auto;padding:1rem}
-h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}
+main{width:fit-content;min-width:min(100%,64rem);max-width:min(100%,100rem);margin:0 auto;
+padding:1rem}
+h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;max-width:60rem}
 h2{font-size:1.1rem;line-height:1.3;margin:1.5rem 0 .25rem}
 p{margin:.25rem 0 .75rem;max-width:44rem}figcaption p,.wide+p{font-size:.875rem;color:#595959}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+.pictures{max-width:62rem;display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
 gap:0 2rem;align-items:start}
 figure{margin:0;min-width:0}figure svg{display:block;width:100%;height:auto}
-.wide{overflow:auto;max-height:36rem}
+.wide{overflow:auto;max-height:36rem;background:
+linear-gradient(90deg,#fff 1rem,#fff0) 0 0/2rem 100% local,
+linear-gradient(270deg,#fff 1rem,#fff0) 100% 0/2rem 100% local,
+linear-gradient(0deg,#fff 1rem,#fff0) 0 100%/100% 2rem local,
+linear-gradient(90deg,#0004,#0000) 0 0/.75rem 100% scroll,
+linear-gradient(270deg,#0004,#0000) 100% 0/.75rem 100% scroll,
+linear-gradient(0deg,#0004,#0000) 0 100%/100% .75rem scroll;background-repeat:no-repeat}
 table{border-collapse:collapse;font-size:.9375rem;font-variant-numeric:tabular-nums;
 overflow-wrap:normal}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th{position:sticky;top:0;background:#fff}
-.words{text-align:left;white-space:normal;min-width:8rem;max-width:32rem;overflow-wrap:anywhere}
-@media print{.wide{max-height:none}}
+td,th{padding:.2rem .4rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th{position:sticky;top:0;background:#fff;vertical-align:bottom;white-space:normal}
+.words{text-align:left;white-space:normal;min-width:8rem;max-width:min(32rem,60vw);
+overflow-wrap:break-word}
+@media print{.wide{max-height:none;overflow:visible;background:none}}
 """

@@ -35,7 +35,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-MEASURING = """<!doctype html><meta charset=utf-8><title>measuring</title>
+MEASURING = r"""<!doctype html><meta charset=utf-8><title>measuring</title>
 <body style="margin:0"><iframe src="report.html" style="border:0;width:WIDTHpx;height:800px">
 </iframe><script>
 addEventListener("load", () => {
@@ -46,7 +46,22 @@ addEventListener("load", () => {
   });
   const letters = [...page.querySelectorAll("figure svg text")].map((text) =>
     text.getBoundingClientRect().height);
-  document.body.textContent = "measured" + JSON.stringify({
+  const range = page.createRange();
+  const wide = [...page.querySelectorAll(".wide")].map((div) =>
+    ({ hidden: div.scrollWidth - div.clientWidth, layers: page.defaultView.getComputedStyle(div)
+      .backgroundAttachment }));
+  // Words of the first table that are broken over two lines.
+  const walker = page.createTreeWalker(page.querySelector("tbody").closest("div"),
+    NodeFilter.SHOW_TEXT);
+  const torn = [];
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    for (const word of text.data.matchAll(/[^\s=,]+/g)) {
+      range.setStart(text, word.index);
+      range.setEnd(text, word.index + word[0].length);
+      if (range.getClientRects().length > 1) torn.push(word[0]);
+    }
+  }
+  document.body.textContent = "measured" + JSON.stringify({ wide, torn,
     width: page.documentElement.scrollWidth, boxes, smallest: Math.min(...letters),
     title: page.title, words: page.body.innerText.length }) + "measured";
 });
@@ -152,6 +167,10 @@ def test_a_page_fits_the_screen_and_loads_nothing(page, browse, width):
         assert box["left"] >= 0 and box["right"] <= width and box["height"] > 40
     assert measured["smallest"] >= 9  # pixels of a letter's line
     assert measured["words"] > 300 and measured["title"]
+    assert measured["torn"] == []
+    for table in measured["wide"]:  # shadows stay at edges, covers move with the table
+        assert table["layers"] == ", ".join(["local"] * 3 + ["scroll"] * 3)
+        assert table["hidden"] <= 0 or width < 1000
 
 
 @pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.slow)])
