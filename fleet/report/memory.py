@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 _LABEL = 20  # characters of a name beside its point, which has two lines
+_SEEDS = " Upright lines: lowest to highest seed, not the table's 95 % interval."
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def by_memory(lines: Sequence[Line]) -> Picture | None:
         "Accuracy by peak device memory",
         "Filled and joined: the Pareto front, that no row beats in both. Memory, of the largest "
         "client: the most that PyTorch allocates at once, beyond the loaded model, in a training "
-        "step whose images no cache holds yet; batch and momentum are among it. Upright lines: "
-        "lowest to highest seed, not the table's 95 % interval."
+        "step whose images no cache holds yet; batch and momentum are among it."
+        + (_SEEDS if any(point.accuracy[1] < point.accuracy[2] for point in points) else "")
         + ("" if named else " " + _key(points)),
         "Pareto front: "
         + "; ".join(_words(points[i], size, unit) for i in front)
