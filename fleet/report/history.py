@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class History:
             trained the least trained tensor of the block.
         asked: messages that were to be answered with an update.
         refused: round, client and reason of all that did not count.
+        reached: client → rounds in which it was sent something, or replied.
     """
 
     rounds: list[int] = field(default_factory=list)
@@ -37,6 +39,7 @@ class History:
     coverage: dict[int, tuple[int, Mapping[str, int]]] = field(default_factory=dict)
     asked: int = 0
     refused: list[tuple[int, str, str]] = field(default_factory=list)
+    reached: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def read_history(rounds: Iterable[RoundReport]) -> History:
             history.coverage[number] = len(report.clients), _by_block(report.coverage)
         history.asked += len(report.asked) if number else 0
         history.refused += [(number, name, last_line(why)) for name, why in report.refused.items()]
+        sent_to = (name for name, (_, down) in report.bytes_by_client.items() if down)
+        history.reached.update({*report.asked, *report.refused, *sent_to})
     return history
 
 

@@ -11,6 +11,7 @@ from fleet.report.beside import Outcome
 from fleet.report.grid import Grid, as_html
 from fleet.report.history import Line, read_history, read_line
 from fleet.report.pictures import comparison_pictures, run_pictures, write_pictures
+from fleet.report.refused import most_refused
 from fleet.report.rounds import MIB
 from fleet.report.rows import Row
 from fleet.report.style import Picture
@@ -85,7 +86,8 @@ def write_comparison(
     write_pictures(folder, pictures)
     runs, failed = (sum(len(getattr(row, key)) for row in rows) for key in ("runs", "failed"))
     facts = f"{len(rows)} rows, {runs} runs" + (f", {failed} more failed" if failed else "")
-    tables = [*grids, *([_failed(rows)] if failed else [])]
+    refused = most_refused(lines)
+    tables = [*grids, *([refused] if refused else []), *([_failed(rows)] if failed else [])]
     page = as_page(title, facts, pictures, missing, tables)
     _write(folder / "report.html", page, "write the comparison again")
 

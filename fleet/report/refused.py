@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from fleet.report.grid import Grid
-from fleet.report.history import History, Line, kind_of
-from fleet.report.names import labels, lines_in
+from fleet.report.history import History, Line
+from fleet.report.names import labels, lines_in, printable
+from fleet.report.reasons import in_short
 from fleet.report.style import (
     COLOURS,
     MARKERS,
@@ -22,7 +23,8 @@ _MOST_ROWS = 50  # of the table
 _MOST_KINDS = 5  # colours; the rest is drawn as one
 _MOST_MARKS = 1500  # beyond, the marks are a bitmap inside the picture
 _LABEL = 18  # characters of a line of a name
-_REASON = 54  # of a line of a reason, which has two
+_REASON = 50  # of a line of a reason, which has two
+_MOST_REFUSED = 20  # rows of a comparison's table
 _WORDS = 300  # of a reason in the table
 _OTHER = "other reasons"
 
@@ -35,7 +37,7 @@ def refusals_by_round(history: History) -> Picture | None:
 
     times = Counter(name for _, name, _ in history.refused)
     clients = [name for name, _ in _ranked(times)[:_MOST_CLIENTS]]
-    kinds = _kinds(kind_of(why) for _, _, why in history.refused)
+    kinds = _kinds(in_short(why) for _, _, why in history.refused)
     place = {name: number for number, name in enumerate(clients)}
     with styled():
         figure = new_figure(0.9 + 0.2 * len(clients) + 0.19 * _lines(kinds))
@@ -45,7 +47,7 @@ def refusals_by_round(history: History) -> Picture | None:
             at = [
                 (server_round, place[name])
                 for server_round, name, why in history.refused
-                if name in place and _group(kind_of(why), kinds) == kind
+                if name in place and _group(in_short(why), kinds) == kind
             ]
             axes.plot(
                 [x for x, _ in at], [y for _, y in at], ls="", ms=6, mew=0,
@@ -74,7 +76,7 @@ def refusals_by_row(lines: Sequence[Line]) -> Picture | None:
     if not any(run.refused for line in lines for run in line.runs):
         return None
     counts = [
-        Counter(kind_of(why) for run in line.runs for _, _, why in run.refused) for line in lines
+        Counter(in_short(why) for run in line.runs for _, _, why in run.refused) for line in lines
     ]
     asked = [sum(run.asked for run in line.runs) for line in lines]
     kinds = _kinds(kind for count in counts for kind in count.elements())
@@ -121,7 +123,7 @@ def refusals_grid(history: History) -> Grid | None:
     rounds: dict[tuple[str, str], list[int]] = {}
     example: dict[tuple[str, str], str] = {}
     for server_round, name, why in history.refused:
-        key = name, kind_of(why)
+        key = name, in_short(why)
         rounds.setdefault(key, []).append(server_round)
         example[key] = why
     if not rounds:
@@ -135,6 +137,38 @@ def refusals_grid(history: History) -> Grid | None:
     if hidden := len(order) - len(rows):
         note += f" {hidden} more rows are not shown; fleet report --format json has them."
     return Grid("Refused", ("client", "times", "rounds", "reason"), rows, note, named=True)
+
+
+def most_refused(lines: Sequence[Line]) -> Grid | None:
+    """A row a line and client, the most often refused first; None if nobody was refused."""
+    times: Counter[tuple[int, str]] = Counter()
+    sent: Counter[tuple[int, str]] = Counter()
+    kinds: dict[tuple[int, str], Counter[str]] = {}
+    for number, line in enumerate(lines):
+        for run in line.runs:
+            sent.update({(number, name): rounds for name, rounds in run.reached.items()})
+            for _, name, why in run.refused:
+                times[number, name] += 1
+                kinds.setdefault((number, name), Counter())[in_short(why)] += 1
+    if not times:
+        return None
+    order = sorted(times, key=lambda key: (-times[key], key))
+    rows = [
+        (
+            lines[key[0]].name,
+            key[1],
+            f"{times[key]} of {sent[key]}",
+            _cut("; ".join(f"{kind} ({n} ×)" for kind, n in _ranked(kinds[key]))),
+        )
+        for key in order[:_MOST_REFUSED]
+    ]
+    note = (
+        "Rounds in which the client was refused, of those in which it was sent something or "
+        "replied; all seeds together."
+    )
+    if hidden := len(order) - len(rows):
+        note += f" {hidden} more rows are not shown."
+    return Grid("Who was refused", ("row", "client", "rounds", "why"), rows, note, named=True)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -170,6 +204,7 @@ def _legend(figure, handles, kinds: Sequence[str]) -> None:
         # Matplotlib leaves out what begins with an underscore.
         [_wrapped(kind).replace("_", " _", kind[:1] == "_") for kind in kinds],
         loc="outside lower left",
+        fontsize=10.5,
         frameon=False,
         handlelength=1.2,
         handletextpad=0.5,
@@ -180,7 +215,7 @@ def _legend(figure, handles, kinds: Sequence[str]) -> None:
 
 def _wrapped(kind: str) -> str:
     """A reason in up to two lines, cut between words."""
-    kind = "".join(c if c.isprintable() or c.isspace() else "�" for c in kind)
+    kind = printable(" ".join(kind.split()))
     return textwrap.fill(kind, _REASON, max_lines=2, placeholder=" …", break_on_hyphens=False)
 
 
@@ -190,7 +225,7 @@ def _lines(kinds: Sequence[str]) -> int:
 
 
 def _counted(history: History) -> str:
-    counts = Counter(kind_of(why) for _, _, why in history.refused)
+    counts = Counter(in_short(why) for _, _, why in history.refused)
     return "; ".join(f"{n} × {kind}" for kind, n in _ranked(counts)[:_MOST_KINDS])
 
 

@@ -5,6 +5,7 @@ import html.parser
 import itertools
 import math
 import re
+from collections import Counter
 from xml.etree import ElementTree
 
 import numpy as np
@@ -28,7 +29,7 @@ from fleet.report.history import (
 )
 from fleet.report.memory import by_memory, pareto_front
 from fleet.report.pictures import NAMES, comparison_pictures, run_pictures
-from fleet.report.refused import refusals_by_round
+from fleet.report.refused import most_refused, refusals_by_round
 from fleet.report.rows import Row
 
 MIB = 2**20
@@ -167,7 +168,9 @@ def test_memory_is_drawn_with_its_front(rows):
 def test_a_name_in_the_memory_picture_lies_on_no_line_of_the_front():
     runs = [History([1], [accuracy], [1], 1, peak) for accuracy, peak in ((60, 5e6), (80, 20e6))]
     lines = [Line(name, [run]) for name, run in zip(("head", "mobiletl"), runs, strict=True)]
-    axes = by_memory(lines).figure.axes[0]
+    picture = by_memory(lines)
+    assert "seed" not in picture.caption  # of one seed there is no lowest
+    axes = picture.figure.axes[0]
     (front,) = (line for line in axes.lines if line.get_drawstyle() == "steps-post")
     (left, low), (right, high) = axes.transData.transform(front.get_xydata())
     for text in axes.texts:
@@ -181,7 +184,9 @@ def test_a_name_in_the_memory_picture_is_crossed_by_no_error_bar():
         Line(name, [History([1], [accuracy + off], [1], 1, peak) for off in (-15, 15)])
         for name, accuracy, peak in (("head", 60, 5e6), ("shifts", 62, 5.6e6), ("full", 70, 9e6))
     ]
-    axes = by_memory(lines).figure.axes[0]
+    picture = by_memory(lines)
+    assert "Upright lines: lowest to highest seed" in picture.caption
+    axes = picture.figure.axes[0]
     bars = [axes.transData.transform(bar) for bar in axes.collections[0].get_segments()]
     assert len(bars) == 3
     for text in axes.texts:
@@ -208,17 +213,42 @@ def test_each_row_is_drawn_beside_the_first_of_its_group(first):
     assert sorted(text.get_text() for text in mean.get_yticklabels()) == ["nan", "no attack"]
     for axes, values in ((mean, [first, 20.0]), (median, [70.0, 65.0])):
         upright = [line for line in axes.lines if len(line.get_xdata()) == 2]
-        points = [line for line in axes.lines if line.get_marker() == "o"]
+        points = [line for line in axes.lines if line.get_marker() in ("o", "D")]
         known = [value for value in values if value == value]
         assert [float(line.get_xdata()[0]) for line in points] == known
         assert [line.get_xdata()[0] for line in upright] == known[: len(known) - 1]
-        hollow = [line.get_markerfacecolor() == "white" for line in points]
-        assert hollow == ([True, False] if len(known) == 2 else [False])
+        diamonds = [line.get_marker() == "D" for line in points]
+        assert diamonds == ([True, False] if len(known) == 2 else [False])
     bars = [c.get_segments()[0][:, 0].tolist() for c in mean.collections]
     assert [0.0, 50.0] in bars  # an interval ends where accuracies do
     missing = "Without an accuracy: no attack, rule=mean."
     assert (missing in picture.caption) == (first != first)
     assert "rule=median: no attack 70.0 %, nan 65.0 %." in picture.description
+
+
+@pytest.mark.parametrize(
+    ("half_widths", "bars", "words"),
+    [
+        ((NAN, NAN), 0, "of one seed, so without an interval. Diamond"),
+        (
+            (2.0, NAN),
+            1,
+            "mean over seeds. Thick bar: its 95 % interval; a row of one seed has none",
+        ),
+        ((2.0, 3.0), 2, "mean over seeds. Thick bar: its 95 % interval. Diamond"),
+    ],
+)
+def test_a_caption_speaks_of_intervals_where_there_are(half_widths, bars, words):
+    outcomes = [Outcome(f"r{i}", "", 50.0 + i, half) for i, half in enumerate(half_widths)]
+    picture = accuracy_by_row(outcomes)
+    (axes,) = picture.figure.axes
+    thick = [c for c in axes.collections if c.get_linewidth()[0] > 2]
+    dotted = [c for c in axes.collections if c.get_linestyle()[0][1]]
+    assert len(thick) == bars and len(dotted) == 2
+    assert words in picture.caption and ("interval" in words) == ("interval" in picture.caption)
+    assert "Dotted: from there to the row's own point, how much it gains or loses." in (
+        picture.caption
+    )
 
 
 def test_a_single_row_is_drawn_beside_nothing():
@@ -235,6 +265,36 @@ def test_a_reason_in_the_picture_of_refusals_is_cut_between_words(words):
     ours = shown.split()
     assert ours == reason.split() if words == 12 else ours[-1] == "…"
     assert ours[:-1] == reason.split()[: len(ours) - 1]
+
+
+def test_who_was_refused_most_is_told_by_row_and_client_of_all_seeds():
+    def history(*refused, rounds=10):
+        return History(refused=[*refused], reached=Counter({"pi-1": rounds, "pi-2": rounds}))
+
+    nan = [(n, "pi-1", f"w{n} holds NaN or infinity; lower the learning rate") for n in (1, 2)]
+    late = (3, "pi-1", "no reply within 9 s")
+    lines = [
+        Line("a", [history(*nan, late), history(late, rounds=5)]),
+        Line("b", [history()]),
+        Line("c", [history((1, "pi-2", "odd 7; said at length"))]),
+    ]
+    grid = most_refused(lines)
+    assert grid.columns == ("row", "client", "rounds", "why")
+    assert grid.rows == [
+        ("a", "pi-1", "4 of 15", "no reply in time (2 ×); not finite (2 ×)"),
+        ("c", "pi-2", "1 of 10", "odd … (1 ×)"),
+    ]
+    assert "all seeds together" in grid.note and "not shown" not in grid.note
+    assert most_refused(lines[1:2]) is None
+    many = [Line(f"r{i}", [history(*nan[: 1 + i % 2])]) for i in range(23)]
+    grid = most_refused(many)
+    assert len(grid.rows) == 20 and grid.note.endswith("3 more rows are not shown.")
+    assert [row[2] for row in grid.rows] == ["2 of 10"] * 11 + ["1 of 10"] * 9
+
+
+def test_a_client_is_reached_in_rounds_that_it_was_asked_in_or_sent_something(rounds):
+    reached = read_history(rounds).reached
+    assert reached == {"pi-01": 4, "pi-02": 4, "pi-03": 3, "unknown sender": 1}
 
 
 def test_the_same_run_gives_the_same_bytes(rows):
