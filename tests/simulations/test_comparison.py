@@ -77,7 +77,7 @@ def test_a_narrow_terminal_has_accuracy_and_difference(compared):
 
 
 def test_a_notebook_shows_the_table(compared):
-    shown = compared({"mean": (0.5, 0.6), "median": (0.7, 0.8)})._repr_html_()
+    shown = compared({"mean": (0.5, 0.6), "median": (0.7, 0.8)})._repr_html_().replace("<wbr>", "")
     assert shown.count("<table") == 1 and "<td>+20.0 ± 0.0</td>" in shown
     assert "rule=median" in shown and "<p>Mean over seeds" in shown
 
