@@ -34,6 +34,8 @@ _GOODBYE_SECONDS = 10.0  # for Flower's own processes to be ended
 
 def main() -> None:
     """Run what is asked for until nothing more will come."""
+    # Ignored, as a shell's background job inherits it, it would not end what is under way.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     asked = os.fdopen(os.dup(0))

@@ -402,6 +402,37 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("quick_cells")
+def test_a_worker_of_a_background_job_ends_with_its_input_and_leaves_no_part(tmp_path):
+    """A shell has SIGINT ignored there, by all that it starts."""
+
+    def work():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        cell_worker.main()
+
+    task = {
+        "key": "any",
+        "folder": str(tmp_path / "runs"),
+        "settings": default_settings() | SMALL | {"rounds": 10_000, "run-dir": ""},
+        "engine": "local",
+        "workers": 1,
+        "adversity": {},
+        "keep_models": False,
+    }
+    with (tmp_path / "said").open("w") as errors:
+        worker = Forked(work, errors)
+    try:
+        worker.stdin.write(json.dumps(task) + "\n")
+        worker.stdin.flush()
+        assert json.loads(worker.stdout.readline())["event"] == "round"
+        assert len([*(tmp_path / "runs").iterdir()]) == 1
+        worker.stdin.close()
+        assert worker.wait(timeout=300) == 130, (tmp_path / "said").read_text()
+        assert not [*(tmp_path / "runs").iterdir()]
+    finally:
+        worker.kill()
+
+
 def lives(process):
     """Whether it runs; one that has ended is listed until its parent, or init, takes notice."""
     try:
