@@ -66,15 +66,15 @@ def command(
 
     Runs that are there are not run again; the same command goes on where it was stopped.
     """
-    try:
-        with signals_stop():
+    with signals_stop():
+        try:
             find_modules_here()
             asked = _asked(recipe, vary, settings, seeds, target, columns)
             _ask(asked.num_cells, yes)
             comparison = _shown(asked, out, jobs, keep_models)
-    except KeyboardInterrupt as stopped:
-        click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
-        raise click.exceptions.Exit(exit_code(stopped)) from None
+        except KeyboardInterrupt as stopped:
+            click.echo(f"stopped; the same command goes on with what is in {out}", err=True)
+            raise click.exceptions.Exit(exit_code(stopped)) from None
     show_comparison(comparison, output_format)
     if comparison.failed:
         raise click.exceptions.Exit(1)

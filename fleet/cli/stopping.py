@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from fleet.records import RunRecord
 from fleet.signals import ENDING
 
 _HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+_ONE_SECONDS = 0.2  # GNU timeout signals a process, and then its group; a hand is slower
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,23 +67,33 @@ def _what_is_left(record: RunRecord, again: str) -> str:
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[None]:
-    """Raise `Stopped` at the first signal; end this process and all its children at the next."""
+    """Raise `Stopped` at the first signal; end this process and all its children at the next.
+
+    What comes within `_ONE_SECONDS` of the first is the same wish.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     children: list[psutil.Process] = []
+    first = 0.0  # when it came
     terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def stop(number: int, frame: Any) -> None:
-        if number == _HANG_UP:
-            _silence(terminals)
+        nonlocal first
+        first = time.monotonic()
         for each in before:
             signal.signal(each, end_at_once)
+        if number == _HANG_UP:
+            _silence(terminals)
         # Now: what is ended first leaves its own children to nobody.
         children.extend(_children())
         raise Stopped(number)
 
     def end_at_once(number: int, frame: Any) -> None:
+        if time.monotonic() - first < _ONE_SECONDS:
+            if number == _HANG_UP:
+                _silence(terminals)
+            return
         for child in {*children, *_children()}:
             with contextlib.suppress(psutil.Error):  # kills no stranger with the same number
                 child.kill()

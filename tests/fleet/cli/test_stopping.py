@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 
+import click
 import pexpect
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from fleet.cli import main
 from fleet.cli.simulate import _beside_config
+from fleet.cli.stopping import _ONE_SECONDS, stopping
 from fleet.records import RunRecord
 from fleet.signals import ENDING
 from simulations import simulate
@@ -221,10 +223,31 @@ def test_a_second_signal_ends_the_run_and_its_children_at_once(tmp_path, second)
         run.send_signal(signal.SIGINT)
         assert run.stdout.readline() == "ending\n"
         assert child.is_running()
+        time.sleep(_ONE_SECONDS)  # sooner, it would be the same wish
         run.send_signal(second)
         # The child would stay for ten minutes.
         assert run.wait(timeout=60) == 128 + second
         assert not psutil.wait_procs([child], timeout=60)[1]
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_two_signals_within_milliseconds_are_one(tmp_path, second):
+    """GNU timeout signals the process, and then its group."""
+
+    def run():
+        with stopping(RunRecord.reserve(tmp_path / "run"), ""):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(second)
+                print("cleared")
+
+    with (tmp_path / "stderr").open("w") as errors:
+        process = Forked(partial(click.command(run).main, [], "run"), errors)
+    assert process.stdout.read() == "cleared\n"
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+    said = (tmp_path / "stderr").read_text()
+    assert said == f"stopped; nothing was written to {tmp_path / 'run'} yet\n"
 
 
 def stop_on_flower(run_dir, rounds, arguments, numbers):
