@@ -4,8 +4,8 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +13,8 @@ Result = TypeVar("Result")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PART = ".part"  # at the end of the name of what is being written
+
+_patient = True
 
 
 def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -69,10 +71,21 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Let `waiting_for_room` try once until the block ends: for work that is cheaply done again."""
+    global _patient
+    before, _patient = _patient, False
+    try:
+        yield
+    finally:
+        _patient = before
+
+
 def waiting_for_room(
     action: Callable[[], Result], seconds: float = 120.0, poll_seconds: float = 2.0
 ) -> Result:
-    """Do something, again and again while the disk is full.
+    """Do something, again and again while the disk is full; once within `without_waiting`.
 
     Args:
         action: raises OSError, or another error with one as its cause, if there is
@@ -80,7 +93,7 @@ def waiting_for_room(
         seconds: after which what it raises is raised.
         poll_seconds: between two attempts.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (seconds if _patient else 0.0)
     told = False
     while True:
         try:
@@ -97,9 +110,13 @@ def waiting_for_room(
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or its cause, is that the disk is full."""
-    cause = error if isinstance(error, OSError) else error.__cause__
-    return isinstance(cause, OSError) and cause.errno in FULL
+    """Whether an error, or what it comes from, is that the disk is full."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _write(handle: int, content: bytes | memoryview) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fleet.config import read_config
+from fleet.durable import is_full, without_waiting
 from fleet.errors import FleetError
 from fleet.records import RoundReport
 from fleet.report import without_pages
@@ -74,7 +75,11 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
         say("round", round=report.server_round, accuracy=report.accuracy)
 
     try:
-        with contextlib.nullcontext() if task["keep_models"] else without_pages():
+        with (
+            # Whoever compares frees space and runs the command again: no run is repeated.
+            without_waiting(),
+            contextlib.nullcontext() if task["keep_models"] else without_pages(),
+        ):
             record = simulate(
                 task["settings"] | {"run-dir": str(folders.part(key))},
                 task["engine"],
@@ -89,10 +94,18 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
         folders.finish(key, measured)
         say("done", measured=measured)
     except Exception as error:
-        reason = str(error) if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
-        say("failed", reason=reason, details=traceback.format_exc())
+        say("failed", reason=_reason(error), details=traceback.format_exc())
     finally:
         shutil.rmtree(folders.part(key), ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why a cell failed, in a line, with the way out of a comparison."""
+    reason = str(error) if isinstance(error, FleetError) else f"{type(error).__name__}: {error}"
+    if is_full(error):  # a run's own way out is to go on with it, and no cell goes on
+        what, _, _ = reason.partition("; ")
+        reason = f"{what}; free space there, then run the same command again"
+    return reason
 
 
 def _flops(settings: dict[str, Any], rounds: list[RoundReport]) -> float:

@@ -5,6 +5,7 @@ Their workers are forks of this process and need import nothing, but where a com
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -306,6 +307,24 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 more failed" in page and "no luck" in page
     assert "0 of 1" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("quick_cells")
+def test_a_cell_on_a_full_disk_fails_at_once_with_a_comparisons_way_out(tmp_path, monkeypatch):
+    def write(handle, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fleet.durable._write", write)  # of checkpoints, by workers too
+    began = time.monotonic()
+    comparison, _, _ = again(tmp_path / "out", RECIPE | {"seeds": 1})
+    assert time.monotonic() - began < 60  # a run waits for two minutes
+    for row in comparison.rows:
+        reason, _ = row.failed[0]
+        assert "cannot write checkpoint" in reason
+        assert reason.endswith(
+            ": No space left on device; free space there, then run the same command again"
+        )
+    assert not [*(tmp_path / "out" / "runs").iterdir()]
 
 
 PATIENT = """
