@@ -26,6 +26,7 @@ from fleet.durable import is_full, without_waiting
 from fleet.errors import FleetError
 from fleet.records import RoundReport
 from fleet.report import without_pages
+from fleet.signals import signals_held
 from simulations.cells import CellFolders
 from simulations.device_flops import device_flops
 from simulations.launch import simulate
@@ -92,11 +93,13 @@ def _answer(task: dict[str, Any], answers: TextIO) -> None:
             record.model_path.unlink(missing_ok=True)
         shutil.rmtree(record.checkpoints_path, ignore_errors=True)  # it has ended well
         folders.finish(key, measured)
-        say("done", measured=measured)
+        event, facts = "done", {"measured": measured}
     except Exception as error:
-        say("failed", reason=_reason(error), details=traceback.format_exc())
+        event, facts = "failed", {"reason": _reason(error), "details": traceback.format_exc()}
     finally:
-        shutil.rmtree(folders.part(key), ignore_errors=True)
+        with signals_held():
+            shutil.rmtree(folders.part(key), ignore_errors=True)
+    say(event, **facts)  # then this process may be told to end
 
 
 def _reason(error: Exception) -> str:

@@ -78,11 +78,13 @@ def compare(
         keys = Keys()
         rows = [ComparedRow(variant) for variant in variants]
         bare = 0  # runs that are there without a model that is wanted
+        asked_for: list[Cell] = []
         waiting: dict[str, list[tuple[ComparedRow, Cell]]] = {}  # rows may share a run
         for row in rows:
             for seed in asked.seeds:
                 with _in_row(row.variant):
                     cell = keys.cell(row.variant, seed)
+                asked_for.append(cell)
                 measured = _measured(folders, cell, on_note)
                 if measured and keep_models and not folders.has_model(cell):
                     bare, measured = bare + 1, None
@@ -95,14 +97,21 @@ def compare(
                     check_settings(read_config(default_settings() | row.variant.settings))
         total = len(rows) * len(asked.seeds)
         done = total - sum(map(len, waiting.values()))
-        if done:
-            on_note(f"{done} of {total} runs are there already")
+        on_note(f"{done} of {total} runs are there already")
         if bare:
             on_note(
                 f"{bare} of {total} runs are there without their models; they are run again, as "
                 f"--keep-models asks for them"
             )
         cells = [sharing[0][1] for sharing in waiting.values()]
+        had = _runs_of(folder)
+        if left_out := had - {cell.key for cell in asked_for}:
+            on_note(
+                f"{len(left_out)} of {len(had)} runs of the comparison that is in {folder} are not "
+                f"asked for now; its tables, pictures and {RECIPE} are replaced, its runs stay"
+            )
+        if cells:
+            on_note(f"begins with {_named(cells[:jobs])}")
         comparison = Comparison(asked, folder, rows)
         try:
             for ended in run_cells(cells, folders.folder, jobs, keep_models, on_round):
@@ -249,6 +258,20 @@ def _measured(
             f"it is set aside as {place} and run again"
         )
         return None
+
+
+def _runs_of(folder: Path) -> set[str]:
+    """Keys of the runs in the tables of the comparison in a folder, if there is one."""
+    try:
+        cells = map(json.loads, (folder / CELLS).read_text().splitlines())
+        return {Path(cell["run"]).name for cell in cells if cell["status"] == "done"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()  # of a damaged one nothing is lost
+
+
+def _named(cells: Sequence[Cell]) -> str:
+    first = f"{cells[0].variant.name}, seed {cells[0].seed}"
+    return f"{first}, and {len(cells) - 1} more at once" if len(cells) > 1 else first
 
 
 def _check_folder(folder: Path) -> None:

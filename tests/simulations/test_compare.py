@@ -84,6 +84,14 @@ def again(folder, recipe=RECIPE, **more):
     return comparison, ran, notes
 
 
+def leaves_out(runs, folder):
+    """What is told of a comparison of four runs before another takes the place of its tables."""
+    return (
+        f"{runs} of 4 runs of the comparison that is in {folder} are not asked for now; its "
+        f"tables, pictures and recipe.toml are replaced, its runs stay"
+    )
+
+
 def test_every_cell_is_run_once_and_told(first):
     comparison, told = first
     assert [(seed, done, total, why) for _, seed, done, total, why in told] == [
@@ -172,8 +180,11 @@ def test_runs_without_their_models_are_run_again_to_keep_them(first, copy):
     comparison, ran, notes = again(copy, recipe, keep_models=True)
     assert [seed for _, seed, *_ in ran] == [1]
     assert notes == [
+        "0 of 1 runs are there already",
         "1 of 1 runs are there without their models; they are run again, as --keep-models asks "
-        "for them"
+        "for them",
+        leaves_out(3, copy),
+        "begins with codec=int8, seed 1",
     ]
     record, _ = comparison.rows[0].runs[1]
     assert record.model_path.is_file()
@@ -208,7 +219,11 @@ def test_a_run_by_workers_is_the_same_run(copy):
     with_workers = recipe | {"settings": SMALL | {"workers": 2}}
     comparison, ran, notes = again(copy, with_workers)
     assert [seed for _, seed, *_ in ran] == [2] and comparison.failed == 0
-    assert notes == ["1 of 2 runs are there already"]
+    assert notes == [
+        "1 of 2 runs are there already",
+        leaves_out(3, copy),
+        "begins with codec=int8, seed 2",
+    ]
     _, ran, notes = again(copy, recipe)
     assert ran == [] and notes == ["2 of 2 runs are there already"]
 
@@ -220,8 +235,10 @@ def test_a_runs_own_configuration_is_a_recipe_of_that_run(first, copy):
     assert asked.seeds == (1,) and variant == first[0].rows[1].variant.__class__(
         **vars(first[0].rows[1].variant) | {"name": "as set"}
     )
+    there = sorted((copy / "runs").iterdir())
     _, ran, notes = again(copy, before.config_path)
-    assert ran == [] and notes == ["1 of 1 runs are there already"]
+    assert ran == [] and notes == ["1 of 1 runs are there already", leaves_out(3, copy)]
+    assert sorted((copy / "runs").iterdir()) == there
 
 
 def test_a_runs_own_folder_is_not_written_over(copy):
@@ -266,7 +283,8 @@ def test_damaged_runs_are_set_aside_named_and_run_again_and_a_further_seed_runs_
         path = copy / "runs" / key / file
         path.write_text(damage(path.read_text()))
         damaged[key] = path.read_text()
-    comparison, ran, notes = again(copy, RECIPE | {"seeds": 3})
+    comparison, ran, notes = again(copy, RECIPE | {"seeds": 3}, jobs=2)
+    assert notes[-1].startswith("begins with ") and notes[-1].endswith(", and 1 more at once")
     further = [("codec=float32", 2), ("codec=int8", 2)]
     assert sorted((row, seed) for row, seed, *_ in ran) == sorted([*DAMAGE, *further])
     assert all(sorted(row.runs) == [0, 1, 2] for row in comparison.rows)
@@ -393,6 +411,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
 ):
     (tmp_path / "may").write_text("1")
     (process, errors), runs = sweep(as_fork), tmp_path / "out" / "runs"
+    assert errors.readline() == "0 of 3 runs are there already\n"
+    assert errors.readline() == "begins with as set, seed 0\n"
     assert "1 of 3: as set, seed 0" in errors.readline()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -404,6 +424,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_stopped_and_a_signal_ends_it(
     (tmp_path / "may").write_text("2")
     process, errors = sweep(as_fork)
     assert "1 of 3 runs are there already" in errors.readline()
+    assert "begins with as set, seed 1" in errors.readline()
     assert "2 of 3: as set, seed 1" in errors.readline()
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
