@@ -338,3 +338,31 @@ def test_handlers_are_as_before_once_a_command_has_ended(interrupted, tmp_path):
     before = [signal.getsignal(number) for number in ENDING]
     interrupted(tmp_path / "run", create=True)
     assert [signal.getsignal(number) for number in ENDING] == before
+
+
+AT_IMPORT = """
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+from fleet.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "fleet.cli.simulate"])
+def test_ctrl_c_while_a_command_is_imported_ends_it_quietly(module):
+    command = [sys.executable, "-c", HEAR + AT_IMPORT, module]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.communicate(timeout=PATIENCE) == ("", "")
+    assert run.returncode == 130
+
+
+def test_ctrl_c_in_a_command_that_leaves_nothing_behind_ends_it_quietly(monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.commands["plan"], "callback", interrupted)
+    result = CliRunner().invoke(main, ["plan"])
+    assert (result.exit_code, result.output) == (130, "")
