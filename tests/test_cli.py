@@ -345,6 +345,7 @@ def test_measure_in_json_is_the_contract():
     assert {key: values[key] for key in asked} == asked
 
 
+@pytest.mark.slow  # the process is that of fleet/measure/test_resident
 def test_measure_takes_resident_growth_in_a_process_of_its_own():
     value = json.loads(measure("--resident", "--format", "json"))["resident_bytes"]
     assert value is None or value > 2**20

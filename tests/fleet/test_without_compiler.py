@@ -84,6 +84,7 @@ def test_a_device_trains_without_the_compiler_and_what_it_brings(device):
     assert device.run(TRAIN, f"print({heavy})") == "[]"
 
 
+@pytest.mark.slow  # the device above builds one
 def test_a_backbone_is_built_without_it(torch_alone):
     build = """
         from fleet.backbones import load_backbone

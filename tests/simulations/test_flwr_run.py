@@ -15,6 +15,9 @@ from simulations.flower_env import checkout_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
+# `simulate` starts Flower's runtime by the same command, which is held in test_launch; that our
+# settings are those of the app, in fleet/test_config.
+pytestmark = pytest.mark.slow
 TRIES = 5  # Flower gives its SuperLink 15 s to start, which a busy machine exceeds
 
 
@@ -59,9 +62,6 @@ def _run_once(checkout, path, *arguments):
     )
 
 
-# Flower's runtime as `simulate` starts it, by the same command, is held in test_launch; that the
-# checkout is an app with our settings, below.
-@pytest.mark.slow
 def test_flwr_run_takes_our_settings_and_leaves_the_checkout_as_it_is(one_ray, checkout, tmp_path):
     before = (checkout / "pyproject.toml").read_text()
     run_dir = tmp_path / "run"

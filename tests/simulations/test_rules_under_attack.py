@@ -43,6 +43,7 @@ def test_sign_flips_ruin_plain_averaging(accuracy):
     assert accuracy("mean", "sign_flip:10") < accuracy("mean") - 15
 
 
+@pytest.mark.slow  # what it makes of honest updates is in strategies/aggregation
 def test_the_default_rule_costs_nothing_without_an_attack(accuracy):
     assert accuracy(DEFAULT) > accuracy("mean") - 1
 

@@ -174,14 +174,18 @@ def test_a_terminal_that_is_closed_ends_a_run_with_its_record_written(tmp_path, 
 
 def test_a_run_whose_terminal_may_go_goes_on(tmp_path):
     run_dir = tmp_path / "run"
-    command = [
-        *("nohup", sys.executable, "-m", "fleet.cli"),
-        *("simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)),
-    ]
-    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+
+    def under_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        main(["simulate", *SMALL, "--rounds", "8", "--run-dir", str(run_dir)], prog_name="fleet")
+
+    run = Forked(under_nohup, sys.__stderr__)
+    try:
         wait_for(lambda: rounds_on_record(run_dir) > 2, run)
         run.send_signal(signal.SIGHUP)
         assert run.wait(timeout=PATIENCE) == 0
+    finally:
+        run.kill()
     assert RunRecord(run_dir).summary()["rounds"] == 8
 
 
