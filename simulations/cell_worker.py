@@ -50,9 +50,11 @@ def main() -> None:
             _answer(task, answers)
             if not gc.get_freeze_count():
                 # What the first has imported stays: to look through that takes as long as a small
-                # run, and each further one would, before its first client.
-                gc.collect()
-                gc.freeze()
+                # run, and each further one would, before its first client. Python drops what a
+                # signal raises in a finalizer, and the run that follows would not be ended.
+                with signals_held():
+                    gc.collect()
+                    gc.freeze()
     except KeyboardInterrupt:
         os._exit(130)  # what was under way is cleared; nobody waits for an answer
 

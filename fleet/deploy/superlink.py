@@ -207,8 +207,8 @@ def renew_patience(linkstate: Any) -> None:
         of_running = select(Task.token).where(
             Task.token.is_not(None), Task.running_at.is_not(None), Task.finished_at.is_(None)
         )
-        if tokens := set(session.scalars(of_running)) & _words_of_processes():
-            alive = update(Task).where(Task.token.in_(tokens))
+        if tokens := set(session.scalars(of_running)):
+            alive = update(Task).where(Task.token.in_(tokens & _words_of_processes()))
             session.execute(alive.values(active_until=until))
 
 

@@ -1,11 +1,7 @@
 """Views: the same on every machine, and distributed as torchvision's."""
 
-import os
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +10,9 @@ from PIL import Image, ImageOps
 
 from fleet.data.augment import AUGMENTATIONS, random_box, view_of
 from fleet.errors import ConfigError
+from tests.commands import printed_elsewhere
 from tests.many import many
 
-REPO = Path(__file__).parents[2]
 SIZES = [(64, 64), (40, 23), (23, 40), (300, 60), (1, 50), (50, 1), (1, 1), (2, 3)]
 
 
@@ -84,15 +80,7 @@ image = Image.frombytes("RGB", (40, 23), bytes(i % 251 for i in range(40 * 23 * 
 views = [view_of(image, "flip+crop", bytes(range(16)), v) for v in range(20)]
 print([v.size for v in views], hashlib.sha256(b"".join(v.tobytes() for v in views)).hexdigest())
 """
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"  # sets have another order there
-    there = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-    ).stdout
+    there = printed_elsewhere(program)
     with redirect_stdout(StringIO()) as here:
         exec(program, {})
     assert there == here.getvalue() and there.startswith("[(40, 23), (")

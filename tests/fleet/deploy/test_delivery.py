@@ -419,22 +419,9 @@ def test_a_message_that_nobody_knows_is_answered_by_an_error_each_time(world):
 
 def test_a_part_of_a_message_that_is_sent_again_is_stored(world, flower):
     for each, again in ((flower, False), (world, True)):
-        message = each._message(SERVER, each.node, content=tensors())
-        session = each.state.start_session(each.run)
-        each.state.store_message_and_object_tree(
-            remove_content_from_message(message), get_object_tree(message), session
-        )
-        object_id, part = next(iter(get_all_nested_objects(message).items()))
-        request = PushObjectRequest(
-            node=Node(node_id=SERVER),
-            run_id=each.run,
-            object_id=object_id,
-            object_content=part.deflate(),
-            session_id=session,
-        )
-        stored = [
-            each.of_runs.push_object(request, each.state, each._task).stored for _ in range(2)
-        ]
+        message, session = each._announced()
+        part = next(iter(get_all_nested_objects(message).items()))
+        stored = [each.send_of_run(part, session) for _ in range(2)]
         assert stored == [True, again]
 
 
